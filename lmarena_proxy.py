@@ -1,0 +1,3863 @@
+"""lmarena_proxy: an OpenAI-compatible API in front of a person's own LMArena tab.
+
+    OpenAI client --HTTP--> API --> pool of the model --> bridge (WebSocket) --> bridge.user.js --> site
+                  <--SSE---     <-- answer events     <-- response bytes     <-- in the person's tab <--
+
+Each model has a pool of conversations on the site ("sessions"), opened in advance. A request names a model,
+takes one of its sessions, and is answered by retrying that session's last message with its own messages.
+
+The file is read downward, once: a definition is used only below itself. Its sections:
+
+    Errors
+    Configuration
+    Models
+    Arena wire format
+    OpenAI wire format
+    Bridge protocol
+    Events and logs
+    Store
+    Session pool
+    Bridges
+    Relay
+    Console
+    Bootstrap
+    HTTP API
+    Program
+    Command line
+"""
+
+import argparse
+import base64
+import ctypes
+import difflib
+import fnmatch
+import hmac
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import os
+import re
+import secrets
+import signal
+import sqlite3
+import struct
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from urllib.parse import urlsplit
+
+import hypercorn.config
+import hypercorn.trio
+import msgspec
+import trio
+import trio_websocket
+from quart import Response, request
+from quart_trio import QuartTrio
+from quart_trio.asgi import TrioASGIHTTPConnection
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text as RichText
+from rich.traceback import Traceback
+from werkzeug.exceptions import HTTPException
+
+VERSION = "1.0.0"
+HERE = Path(__file__).resolve().parent
+
+# ==========================================================================================================
+# Errors
+# ==========================================================================================================
+#
+# Whose fault something is, is a type. An ApiError is what a client is told, and is rendered in exactly one
+# place before an answer's first byte and in one after it (HTTP API). A ConfigError is what the person who
+# starts the program is told. Any other exception is a bug and is logged whole.
+
+
+class ConfigError(Exception):
+    """A start that cannot be: names the key, the value found, and what was expected instead."""
+
+    def __init__(self, key: str, value: object, expected: str) -> None:
+        super().__init__(f"{key} = {value!r}: expected {expected}")
+        self.key, self.value, self.expected = key, value, expected
+
+
+class ApiError(Exception):
+    """A failure a client is told about, in OpenAI's terms.
+
+    `retry_after` is in seconds, at most 60 (clients ignore longer ones). `may_retry=False` becomes
+    `x-should-retry: false`, which keeps the OpenAI libraries from sending a delivered prompt once more.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "api_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+        may_retry: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.http_status = self.status if status is None else status
+        self.error_code = self.code if code is None else code
+        self.param = param
+        self.retry_after = None if retry_after is None else max(1, min(60, math.ceil(retry_after)))
+        self.may_retry = may_retry
+
+
+class ClientError(ApiError):
+    """The request itself cannot be served."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class BridgeError(ApiError):
+    """No tab can carry the request now, or the person is needed in it."""
+
+    status, type, code = 503, "service_unavailable", "bridge_unavailable"
+
+
+class ArenaError(ApiError):
+    """The site failed or refused.
+
+    `arena_status` is its HTTP status (0 when there was none), `reply` its body's text.
+    """
+
+    status, type, code = 502, "upstream_error", "upstream_error"
+
+    def __init__(self, message: str, *, arena_status: int = 0, reply: str = "", **rest: Any) -> None:
+        super().__init__(message, **rest)
+        self.arena_status, self.reply = arena_status, reply
+
+
+# ==========================================================================================================
+# Configuration
+# ==========================================================================================================
+#
+# One struct per table of config.toml. Defaults here, in config.toml and in the README are compared by a test.
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Glob = str
+
+
+class Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A table of config.toml: unknown keys are errors."""
+
+
+class ServerConfig(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: Port = 9080
+    api_key: str = ""
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body_mb: Count = 32
+    shutdown_grace_seconds: Seconds = 10
+
+
+class BridgeConfig(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: Port = 9081
+    heartbeat_seconds: Annotated[float, msgspec.Meta(gt=0)] = 20
+    reconnect_grace_seconds: Seconds = 30
+    allowed_origins: tuple[str, ...] = (
+        "https://lmarena.ai",
+        "https://*.lmarena.ai",
+        "https://arena.ai",
+        "https://*.arena.ai",
+    )
+
+
+class ArenaConfig(Section, frozen=True):
+    create_path: str = "/nextjs-api/stream/create-evaluation"
+    retry_path: str = "/nextjs-api/stream/retry-evaluation-session-message/{session_id}/messages/{message_id}"
+    auth_cookie: str = "arena-auth-prod-v1"
+
+
+class ModelsConfig(Section, frozen=True):
+    path: str = "models.json"
+    include: tuple[Glob, ...] = ("*",)
+    exclude: tuple[Glob, ...] = ()
+
+
+class PoolConfig(Section, frozen=True):
+    sessions_per_model: Count = 4
+    max_consecutive_failures: Count = 3
+
+
+class BootstrapConfig(Section, frozen=True):
+    enabled: bool = True
+    settle_seconds: Seconds = 30
+    message: Annotated[str, msgspec.Meta(min_length=1)] = "Hi"
+    concurrency: Count = 8
+    timeout_seconds: Seconds = 120
+    max_rate_limit_wait_seconds: Seconds = 300
+
+
+class RequestsConfig(Section, frozen=True):
+    queue_timeout_seconds: Seconds = 600
+    first_byte_timeout_seconds: Seconds = 180
+    idle_timeout_seconds: Seconds = 180
+    total_timeout_seconds: Seconds = 1800
+    person_wait_seconds: Seconds = 120
+    commit_after_seconds: Seconds = 3
+    keepalive: Literal["chunk", "comment", "off"] = "chunk"
+    keepalive_seconds: Annotated[float, msgspec.Meta(gt=0)] = 10
+
+
+class StorageConfig(Section, frozen=True):
+    path: str = "state"
+
+
+class LogConfig(Section, frozen=True):
+    directory: str = "logs"
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    contents: bool = True
+
+
+class Config(Section, frozen=True):
+    """The configuration in force: config.toml under the environment and the command line."""
+
+    server: ServerConfig = ServerConfig()
+    bridge: BridgeConfig = BridgeConfig()
+    arena: ArenaConfig = ArenaConfig()
+    models: ModelsConfig = ModelsConfig()
+    pool: PoolConfig = PoolConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    requests: RequestsConfig = RequestsConfig()
+    storage: StorageConfig = StorageConfig()
+    log: LogConfig = LogConfig()
+
+
+LOOPBACK_HOSTS = {"127.0.0.1", "localhost", "::1"}
+# The userscript relays nothing else, whatever the program asks for.
+RELAYED_PREFIXES = ("/nextjs-api/stream/", "/api/stream/")
+
+
+def _config_error(message: str, tables: dict[str, Any]) -> ConfigError:
+    """Turn msgspec's "Expected `int`, got `str` - at `$.server.port`" into key, value and expectation."""
+    text, _, where = message.partition(" - at `$")
+    key = where.rstrip("`").lstrip(".")
+    if unknown := re.search(r"unknown field `(.+)`", text):
+        key = ".".join(filter(None, (key, unknown[1])))
+        text = "no such key (see config.toml for all of them)"
+    value: Any = tables
+    for name in re.findall(r"[^.\[\]]+", key):
+        value = value[int(name) if isinstance(value, list) else name]
+    return ConfigError(key or "config", value, re.sub(r"^Expected ", "", text).replace("`", ""))
+
+
+def parse_config(tables: dict[str, Any]) -> Config:
+    """Check the tables of a config file.
+
+    Raises ConfigError for an unknown key, a wrong type or a value out of range.
+    """
+    try:
+        config = msgspec.convert(tables, Config)
+    except msgspec.ValidationError as error:
+        raise _config_error(str(error), tables) from None
+    for section, host in (("server", config.server.host), ("bridge", config.bridge.host)):
+        if host not in LOOPBACK_HOSTS and not config.server.api_key:
+            raise ConfigError(f"{section}.host", host, "a loopback address, or server.api_key set beside it")
+    for key, path, names in (
+        ("arena.create_path", config.arena.create_path, ()),
+        ("arena.retry_path", config.arena.retry_path, ("{session_id}", "{message_id}")),
+    ):
+        if not path.startswith(RELAYED_PREFIXES) or not all(name in path for name in names):
+            raise ConfigError(
+                key, path, f"a path under {' or '.join(RELAYED_PREFIXES)} {' '.join(names)}".strip()
+            )
+    return config
+
+
+def read_config(path: Path, overrides: Mapping[tuple[str, str], object]) -> Config:
+    """Read a config file (a missing one is all defaults), `overrides`, {(table, key): value}, laid over."""
+    tables: dict[str, Any] = {}
+    if path.exists():
+        try:
+            tables = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ConfigError(str(path), str(error), "a TOML file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(str(path), str(error), "a readable UTF-8 file") from None
+    for (table, key), value in overrides.items():
+        if isinstance(tables.setdefault(table, {}), dict):
+            tables[table][key] = value
+    return parse_config(tables)
+
+
+# ==========================================================================================================
+# Models
+# ==========================================================================================================
+
+Modality = Literal["chat", "image", "video", "search"]
+
+
+class Model(msgspec.Struct, frozen=True):
+    """One model of the site. Several may share a name: text-to-video and image-to-video."""
+
+    id: str
+    name: str
+    modality: Modality = "chat"
+    takes_image: bool = False
+    takes_many_images: bool = True
+    requires_image: bool = False
+    organization: str = "lmarena"
+
+    @classmethod
+    def from_entry(cls, entry: object) -> Self:
+        """Read one entry of models.json or of the page's list. Raises ValueError, saying what is missing."""
+        if not isinstance(entry, dict):
+            raise ValueError(f"expected an object, got {type(entry).__name__}")
+        for key in ("id", "publicName"):
+            if not isinstance(entry.get(key), str) or not entry[key]:
+                raise ValueError(f"expected a non-empty string as {key}, got {entry.get(key)!r}")
+        capabilities = entry.get("capabilities")
+        capabilities = capabilities if isinstance(capabilities, dict) else {}
+        inputs = capabilities.get("inputCapabilities") or {}
+        outputs = capabilities.get("outputCapabilities") or {}
+        # True, or an object with conditions; absent or false when the model takes no image.
+        image = inputs.get("image")
+        conditions = image if isinstance(image, dict) else {}
+        return cls(
+            id=entry["id"],
+            name=entry["publicName"],
+            modality=next((kind for kind in ("search", "image", "video") if outputs.get(kind)), "chat"),
+            takes_image=bool(image) or isinstance(image, dict),
+            takes_many_images=conditions.get("multipleImages") is not False,
+            requires_image=conditions.get("requiresUpload") is True,
+            organization=str(entry.get("organization") or "lmarena"),
+        )
+
+
+class Catalog:
+    """The models by id and by name: the built-in list with the page's list laid over it."""
+
+    def __init__(
+        self, models: Iterable[Model], include: Sequence[Glob] = ("*",), exclude: Sequence[Glob] = ()
+    ) -> None:
+        self._include, self._exclude = include, exclude
+        self._by_id: dict[str, Model] = {}
+        self.merge(models)
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._by_id.values())
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __repr__(self) -> str:
+        return f"<Catalog of {len(self)} models>"
+
+    def _is_wanted(self, model: Model) -> bool:
+        def matches(globs: Sequence[Glob]) -> bool:
+            return any(fnmatch.fnmatchcase(text, glob) for glob in globs for text in (model.name, model.id))
+
+        return matches(self._include) and not matches(self._exclude)
+
+    def merge(self, models: Iterable[Model]) -> int:
+        """Lay a list over the catalog by id: replaces and adds, drops nothing.
+
+        Returns how many entries changed.
+        """
+        wanted = {model.id: model for model in models if self._is_wanted(model)}
+        changed = sum(self._by_id.get(id_) != model for id_, model in wanted.items())
+        self._by_id |= wanted
+        self._by_name: dict[str, list[Model]] = {}
+        for model in self._by_id.values():
+            self._by_name.setdefault(model.name, []).append(model)
+        return changed
+
+    def get(self, model_id: str) -> Model | None:
+        return self._by_id.get(model_id)
+
+    def named(self, name: str) -> list[Model]:
+        """The models that a name or an id stands for: none, one, or the two of a shared name."""
+        if name in self._by_id:
+            return [self._by_id[name]]
+        return self._by_name.get(name, [])
+
+    def resolve(self, name: str, images: int) -> Model:
+        """The model for a request that carries this many images. Raises ClientError, saying what would do."""
+        models = self.named(name)
+        if not models:
+            close = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.5)
+            hint = f" Did you mean {' or '.join(close)}?" if close else " GET /v1/models lists them all."
+            raise ClientError(
+                f"The model {name!r} does not exist.{hint}", status=404, code="model_not_found", param="model"
+            )
+        # A shared name: the image, or its absence, chooses.
+        model = max(models, key=lambda each: each.takes_image == bool(images))
+        if images and not model.takes_image:
+            raise ClientError(f"The model {name!r} takes no images.", param="messages")
+        if images > 1 and not model.takes_many_images:
+            raise ClientError(f"The model {name!r} takes one image, but got {images}.", param="messages")
+        if model.requires_image and not images:
+            raise ClientError(
+                f"The model {name!r} works on an image: send one with the request.", param="messages"
+            )
+        return model
+
+
+def read_catalog(path: Path, include: Sequence[Glob], exclude: Sequence[Glob]) -> Catalog:
+    """Read models.json. Raises ConfigError when it cannot be read or an entry is not a model."""
+    try:
+        entries = msgspec.json.decode(path.read_bytes(), type=list[Any])
+        models = [Model.from_entry(entry) for entry in entries]
+    except (OSError, msgspec.DecodeError, ValueError) as error:
+        raise ConfigError("models.path", str(path), f"a readable list of models ({error})") from None
+    catalog = Catalog(models, include, exclude)
+    if not len(catalog):
+        raise ConfigError(
+            "models.include", [*include], f"a pattern that names at least one of {len(models)} models"
+        )
+    return catalog
+
+
+# ==========================================================================================================
+# Arena wire format
+# ==========================================================================================================
+#
+# What the site sends and takes, as the arena contract has it. All of it is here and in [arena] of
+# config.toml, since it is the site's to change. No I/O.
+
+
+class Attachment(msgspec.Struct, frozen=True, rename="camel"):
+    """An image for the site: `url` is an address on its storage or a data: URL of up to about 5 MB."""
+
+    name: str
+    content_type: str
+    url: str
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of a conversation, in the roles the site knows."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+    attachments: tuple[Attachment, ...] = ()
+
+
+class Text(msgspec.Struct, frozen=True):
+    """A piece of the answer."""
+
+    text: str
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """A piece of the model's reasoning."""
+
+    text: str
+
+
+class Media(msgspec.Struct, frozen=True):
+    """An image or video, by its address."""
+
+    kind: Literal["image", "video"]
+    url: str
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A page that a search model cites."""
+
+    title: str
+    url: str
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """The site's own error line; nothing useful follows."""
+
+    message: str
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The end of an answer. Token counts are None where the site sent none."""
+
+    reason: str
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+AnswerEvent = Text | Reasoning | Media | Source | Failure | Finish
+
+
+def uuid7() -> str:
+    """A time-ordered UUID, the version that the site's own page uses (RFC 9562, section 5.7)."""
+    milliseconds = time.time_ns() // 1_000_000
+    value = (milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | secrets.randbits(12) << 64
+    return str(uuid.UUID(int=value | 0b10 << 62 | secrets.randbits(62)))
+
+
+def _chain(messages: Sequence[Message], session_id: str, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The part that both calls share: each message names the one before it as its parent."""
+    for message, message_id, parent in zip(messages, ids, (None, *ids), strict=False):
+        yield {
+            "id": message_id,
+            "role": message.role,
+            # A user message with empty content is refused; a space is taken.
+            "content": message.content or " ",
+            "experimental_attachments": message.attachments,
+            "parentMessageIds": [parent] if parent else [],
+            "participantPosition": "b" if message.role == "system" else "a",
+            "evaluationSessionId": session_id,
+            "failureReason": None,
+        }
+
+
+def encode_create(model: Model, messages: Sequence[Message], session_id: str, message_id: str) -> str:
+    """The body that opens a conversation.
+
+    The caller chooses both ids (UUIDs); the last message must be the user's.
+    """
+    ids = [uuid7() for _ in messages]
+    sent = [
+        {**entry, "modelId": None, "status": "pending" if entry["id"] == ids[-1] else "success"}
+        for entry in _chain(messages, session_id, ids)
+    ]
+    [answer] = _chain([Message("assistant", "")], session_id, [message_id])
+    answer |= {"content": "", "parentMessageIds": [ids[-1]], "modelId": model.id, "status": "pending"}
+    body = {
+        "id": session_id,
+        "mode": "direct",
+        "modelAId": model.id,
+        "userMessageId": ids[-1],
+        "modelAMessageId": message_id,
+        "modality": model.modality,
+        "messages": [*sent, answer],
+    }
+    return msgspec.json.encode(body).decode()
+
+
+def encode_retry(model: Model, messages: Sequence[Message], session_id: str) -> str:
+    """The body that retries a conversation's last message; `messages` replace its history for this answer."""
+    ids = [uuid7() for _ in messages]
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    constant = {"evaluationId": None, "metadata": None, "createdAt": now, "updatedAt": now}
+    sent = [
+        {
+            **entry,
+            **constant,
+            "status": "pending" if entry["id"] == ids[-1] and model.modality != "image" else "success",
+        }
+        for entry in _chain(messages, session_id, ids)
+    ]
+    return msgspec.json.encode({"modelId": model.id, "messages": sent}).decode()
+
+
+RefusalKind = Literal[
+    "challenge", "signed_out", "gone", "running", "too_large", "rate_limited", "rejected", "failed"
+]
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A call that the site did not answer with 200, and what kind of refusal that is."""
+
+    kind: RefusalKind
+    status: int
+    reply: str
+    retry_after_seconds: float | None = None
+
+
+_REFUSAL_KINDS: dict[int, RefusalKind] = {
+    400: "rejected",
+    401: "signed_out",
+    403: "gone",
+    404: "gone",
+    409: "running",
+    413: "too_large",
+    422: "rejected",
+    429: "rate_limited",
+}
+
+
+def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
+    """Classify an answer whose status is not 200, by the contract's table. Header names are lower case."""
+    reply = body.decode("utf-8", "replace")
+    is_html = "html" in headers.get("content-type", "") or reply.lstrip()[:1] == "<"
+    is_challenge = headers.get("cf-mitigated") == "challenge" or (is_html and "Just a moment..." in reply)
+    kind = _REFUSAL_KINDS.get(status, "failed")
+    if is_challenge and status in (403, 429, 503):
+        kind = "challenge"
+    try:
+        seconds: float | None = max(0.0, float(headers.get("retry-after", "")))
+    except ValueError:
+        seconds = None
+    return Refusal(kind, status, reply, seconds)
+
+
+class StreamError(Exception):
+    """The body is not the contract's: a line grew beyond the limit."""
+
+
+class ArenaStreamDecoder:
+    """Bytes of an answer's body in, answer events out. Chunks may end anywhere, also inside a character.
+
+    The body is lines `PREFIX:JSON`; the prefix's first letter is the participant, the rest the kind. Adjacent
+    pieces of text in one chunk become one event. Unknown prefixes and step marks are skipped, by contract.
+    """
+
+    LINE_LIMIT_BYTES = 16 << 20
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+        self._high_surrogate = ""
+        self._tool_arguments: dict[str, str] = {}
+        self.is_finished = False
+        self._kinds: dict[bytes, Callable[[bytes], Iterable[AnswerEvent]]] = {
+            b"a0": self._text,
+            b"ag": self._reasoning,
+            b"a2": self._media,
+            b"ac": self._sources,
+            b"a3": self._failure,
+            b"ad": self._finish,
+        }
+
+    def feed(self, data: bytes) -> list[AnswerEvent]:
+        """Take the next bytes. Raises StreamError when a line exceeds the limit."""
+        end = data.rfind(b"\n")
+        if end < 0:
+            self._rest += data
+            if len(self._rest) > self.LINE_LIMIT_BYTES:
+                raise StreamError(f"a line of more than {self.LINE_LIMIT_BYTES >> 20} MiB")
+            return []
+        whole = bytes(self._rest) + data[:end] if self._rest else data[:end]
+        self._rest = bytearray(data[end + 1 :])
+        events: list[AnswerEvent] = []
+        for line in whole.split(b"\n"):
+            self._decode_line(line, events)
+        return events
+
+    def finish(self) -> list[AnswerEvent]:
+        """Take the end of the body: a last line may lack its newline."""
+        events: list[AnswerEvent] = []
+        self._decode_line(bytes(self._rest), events)
+        self._rest.clear()
+        return events
+
+    def _decode_line(self, line: bytes, events: list[AnswerEvent]) -> None:
+        decode = self._kinds.get(line[:2])
+        if decode is None or line[2:3] != b":" or self.is_finished:
+            return
+        for event in decode(line[3:].rstrip(b"\r")):
+            last = events[-1] if events else None
+            if type(event) is Text and type(last) is Text:
+                events[-1] = Text(last.text + event.text)
+            else:
+                events.append(event)
+
+    def _text(self, value: bytes) -> Iterable[AnswerEvent]:
+        text = self._string(value)
+        return (Text(text),) if text else ()
+
+    def _reasoning(self, value: bytes) -> Iterable[AnswerEvent]:
+        text = self._string(value)
+        return (Reasoning(text),) if text else ()
+
+    def _failure(self, value: bytes) -> Iterable[AnswerEvent]:
+        self.is_finished = True
+        return (Failure(self._string(value) or value.decode("utf-8", "replace")),)
+
+    def _string(self, value: bytes) -> str:
+        try:
+            text: object = msgspec.json.decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            # Lone surrogates, raw control characters, broken UTF-8: rare, and the standard library forgives
+            # them.
+            text = _forgiving_json(value)
+        if not isinstance(text, str):
+            return ""
+        # JavaScript cuts strings between UTF-16 units, so an emoji's halves may arrive in two lines.
+        text, self._high_surrogate = self._high_surrogate + text, ""
+        if "\ud800" <= text[-1:] <= "\udbff":
+            text, self._high_surrogate = text[:-1], text[-1]
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
+
+    def _media(self, value: bytes) -> Iterator[AnswerEvent]:
+        entries = _forgiving_json(value)
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict):
+                kind = entry.get("type")
+                url = entry.get("image") or entry.get("url")
+                if kind in ("image", "video") and isinstance(url, str):
+                    yield Media(kind, url)
+
+    def _sources(self, value: bytes) -> Iterator[AnswerEvent]:
+        """Arguments of a tool call arrive as pieces of JSON text; they are read as soon as they are whole."""
+        entry = _forgiving_json(value)
+        if not isinstance(entry, dict) or not isinstance(entry.get("argsTextDelta"), str):
+            return
+        call = str(entry.get("toolCallId"))
+        text = self._tool_arguments.pop(call, "") + entry["argsTextDelta"]
+        arguments = _forgiving_json(text.encode("utf-8", "replace"))
+        if arguments is None:
+            self._tool_arguments[call] = text[-self.LINE_LIMIT_BYTES :]
+            return
+        sources = arguments.get("source") if isinstance(arguments, dict) else None
+        for source in sources if isinstance(sources, list) else ():
+            if isinstance(source, dict) and isinstance(source.get("url"), str):
+                yield Source(str(source.get("title") or source["url"]), source["url"])
+
+    def _finish(self, value: bytes) -> Iterable[AnswerEvent]:
+        self.is_finished = True
+        entry = _forgiving_json(value)
+        entry = entry if isinstance(entry, dict) else {}
+        usage = entry.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        counts = [usage.get(name) for name in ("promptTokens", "completionTokens")]
+        prompt, completion = (count if type(count) is int and count >= 0 else None for count in counts)
+        return (Finish(str(entry.get("finishReason") or "unknown"), prompt, completion),)
+
+
+def _forgiving_json(value: bytes) -> Any:
+    """Decode JSON as the standard library does, broken UTF-8 replaced; None when it is not JSON."""
+    try:
+        return json.loads(value.decode("utf-8", "replace"), strict=False)
+    except (ValueError, RecursionError):
+        return None
+
+
+# ==========================================================================================================
+# OpenAI wire format
+# ==========================================================================================================
+#
+# What clients send and read. Requests are typed, so that a message about invalid input names the path. No
+# I/O.
+
+
+class ImageUrl(msgspec.Struct):
+    url: str
+
+
+class ContentPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | str | None = None
+
+
+class ChatMessage(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class ChatRequest(msgspec.Struct):
+    """The body of POST /v1/chat/completions, as far as it has an effect. Unknown parameters are ignored."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+
+
+# Parameters of OpenAI's API that are accepted without effect: the site offers no such control.
+IGNORED_PARAMETERS = frozenset(
+    [
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "tools",
+        "tool_choice",
+        "functions",
+        "function_call",
+        "parallel_tool_calls",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+        "reasoning_effort",
+        "verbosity",
+        "service_tier",
+        "prediction",
+        "modalities",
+        "audio",
+        "web_search_options",
+    ]
+)
+
+
+def decode_chat_request(body: bytes) -> tuple[ChatRequest, list[str]]:
+    """Read a request's body; also names the parameters that have no effect.
+
+    Raises ClientError naming the path.
+    """
+    try:
+        chat = msgspec.json.decode(body, type=ChatRequest)
+        ignored = sorted(IGNORED_PARAMETERS & msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys())
+    except msgspec.ValidationError as error:
+        text, _, where = str(error).partition(" - at `$")
+        path = where.rstrip("`").lstrip(".")
+        if missing := re.search(r"missing required field `(.+)`", text):
+            path = f"{path}.{missing[1]}".lstrip(".")
+        raise ClientError(f"Invalid body at {path or 'its top'}: {text}.", param=path or None) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ClientError(f"The body is not JSON: {error}") from None
+    if chat.n is not None and chat.n != 1:
+        raise ClientError(f"n = {chat.n} is not supported: ask once for each choice.", param="n")
+    return chat, ignored
+
+
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.=+-]+)*;base64,(.+)", re.DOTALL)
+_ROLES: dict[str, Any] = {"developer": "system", "system": "system", "assistant": "assistant"}
+
+
+def _read_attachment(part: ContentPart, path: str) -> Attachment:
+    url = part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url
+    match = _DATA_URL.fullmatch(url or "")
+    if not match or not match[1].startswith("image/"):
+        raise ClientError(f"{path}: expected an image as a base64 data: URL.", param=path)
+    try:
+        base64.b64decode(match[2], validate=True)
+    except ValueError:
+        raise ClientError(f"{path}: the data: URL holds no valid base64.", param=path) from None
+    subtype = match[1].removeprefix("image/").split("+")[0]
+    return Attachment(f"image-{uuid.uuid4().hex[:8]}.{subtype}", match[1], match[0])
+
+
+def read_messages(chat: ChatRequest) -> list[Message]:
+    """A request's messages in the site's terms.
+
+    Raises ClientError for content that cannot be carried over.
+    """
+    messages = []
+    for index, message in enumerate(chat.messages):
+        texts, attachments = [], []
+        parts = (
+            [ContentPart("text", message.content)]
+            if isinstance(message.content, str)
+            else message.content or ()
+        )
+        for place, part in enumerate(parts):
+            path = f"messages[{index}].content[{place}]"
+            if part.type == "text" and part.text is not None:
+                texts.append(part.text)
+            elif part.type == "image_url":
+                attachments.append(_read_attachment(part, f"{path}.image_url"))
+            else:
+                raise ClientError(f"{path}: a part of type {part.type!r} is not supported.", param=path)
+        role = _ROLES.get(message.role, "user")
+        messages.append(Message(role, "\n\n".join(texts), tuple(attachments)))
+    if messages[-1].role != "user":
+        # The site answers a user's message; a trailing system or assistant message gets an empty one after
+        # it.
+        messages.append(Message("user", ""))
+    return messages
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+_WIDE_CHARACTER = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
+def estimate_tokens(text: str) -> int:
+    """An estimate for when the site sends no usage: one token per CJK character, one per four others."""
+    wide = len(_WIDE_CHARACTER.findall(text)) if not text.isascii() else 0
+    return wide + (len(text) - wide + 3) // 4
+
+
+def count_usage(finish: Finish, messages: Sequence[Message], answer: str) -> Usage:
+    """The site's own counts where it sent them, else the estimate."""
+    prompt = finish.prompt_tokens
+    if prompt is None:
+        prompt = sum(estimate_tokens(message.content) for message in messages)
+    completion = finish.completion_tokens
+    if completion is None:
+        completion = estimate_tokens(answer)
+    return Usage(prompt, completion, prompt + completion)
+
+
+def finish_reason(finish: Finish) -> str:
+    """OpenAI's word for the site's: `stop`, `length` or `content_filter`."""
+    return {"length": "length", "content-filter": "content_filter"}.get(finish.reason, "stop")
+
+
+def media_markdown(media: Media) -> str:
+    """An image or video as text that chat clients show."""
+    return f"![image]({media.url})" if media.kind == "image" else f"[video]({media.url})"
+
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+class ChunkEncoder:
+    """Answer events in, the bytes of `chat.completion.chunk` SSE events out.
+
+    What never changes is built once.
+    """
+
+    # One SSE line stays under 128 KiB (older aiohttp breaks on longer ones); a character takes up to 6 bytes
+    # in JSON.
+    TEXT_LIMIT = 16_384
+
+    def __init__(self, answer_id: str, model: str, created: int) -> None:
+        head = {"id": answer_id, "object": "chat.completion.chunk", "created": created, "model": model}
+        self._head = b"data: " + _encode_json(head)[:-1]
+        self._before = self._head + b',"choices":[{"index":0,"delta":'
+        self._content = self._before + b'{"content":'
+        self._after = b',"finish_reason":null}]}\n\n'
+
+    def delta(self, delta: Mapping[str, object]) -> bytes:
+        return self._before + _encode_json(delta) + self._after
+
+    def text(self, text: str) -> bytes:
+        if len(text) <= self.TEXT_LIMIT:
+            return self._content + _encode_json(text) + b"}" + self._after
+        starts = range(0, len(text), self.TEXT_LIMIT)
+        return b"".join([self.text(text[start : start + self.TEXT_LIMIT]) for start in starts])
+
+    def finish(self, reason: str) -> bytes:
+        return self._before + b'{},"finish_reason":' + _encode_json(reason) + b"}]}\n\n"
+
+    def usage(self, usage: Usage) -> bytes:
+        return self._head + b',"choices":[],"usage":' + _encode_json(usage) + b"}\n\n"
+
+
+SSE_DONE = b"data: [DONE]\n\n"
+SSE_COMMENT = b": keep-alive\n\n"
+
+
+def citation(source: Source) -> dict[str, object]:
+    """A source as OpenAI's `url_citation` annotation; the site does not say which words it belongs to."""
+    place = {"start_index": 0, "end_index": 0, "title": source.title, "url": source.url}
+    return {"type": "url_citation", "url_citation": place}
+
+
+def encode_completion(
+    answer_id: str, model: str, created: int, message: Mapping[str, object], reason: str, usage: Usage
+) -> bytes:
+    """The body of a whole answer: one `chat.completion` object."""
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+    head = {"id": answer_id, "object": "chat.completion", "created": created, "model": model}
+    return _encode_json({**head, "choices": [choice], "usage": usage})
+
+
+def error_object(error: ApiError, request_id: str) -> dict[str, object]:
+    """OpenAI's error object.
+
+    The request id stands in the message too: errors inside a stream have no headers.
+    """
+    message = f"{error.message} (request id {request_id})"
+    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.error_code}}
+
+
+# ==========================================================================================================
+# Bridge protocol
+# ==========================================================================================================
+#
+# Wire protocol, version 1. Text frames are JSON objects with a `type`; binary frames carry response bytes.
+#
+#     from the browser     hello, state, models, captured, response, (binary), end, error, pong
+#     from the program     welcome, fetch, abort, ping, send_models, reload
+
+PROTOCOL = 1
+PageState = Literal["loading", "verification", "sign_in", "ready"]
+
+
+class Frame(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
+    """A text frame; its class name in lower case is its `type`."""
+
+
+class Hello(Frame, frozen=True):
+    protocol: int
+    state: PageState
+    script: str = ""
+    url: str = ""
+    account: str | None = None
+
+
+class State(Frame, frozen=True):
+    state: PageState
+    account: str | None = None
+    detail: str = ""
+
+
+class Models(Frame, frozen=True):
+    models: list[Any]
+
+
+class Captured(Frame, frozen=True):
+    session_id: str
+    message_id: str
+    model_id: str | None = None
+    mode: str | None = None
+    account: str | None = None
+
+
+class Head(Frame, frozen=True, tag="response"):
+    id: int
+    status: int
+    headers: dict[str, str] = {}
+
+
+class End(Frame, frozen=True):
+    id: int
+
+
+class Broken(Frame, frozen=True, tag="error"):
+    id: int
+    reason: Literal["network", "aborted", "refused"]
+    message: str = ""
+
+
+class Pong(Frame, frozen=True):
+    t: float | int | str | None = None
+
+
+BrowserFrame = Hello | State | Models | Captured | Head | End | Broken | Pong
+
+
+class Welcome(Frame, frozen=True):
+    protocol: int
+    version: str
+    auth_cookie: str
+
+
+class Fetch(Frame, frozen=True):
+    id: int
+    method: Literal["POST", "PUT"]
+    path: str
+    body: str
+
+
+class Abort(Frame, frozen=True):
+    id: int
+
+
+class Ping(Frame, frozen=True):
+    t: float
+
+
+class SendModels(Frame, frozen=True, tag="send_models"):
+    pass
+
+
+class Reload(Frame, frozen=True):
+    reason: str
+
+
+class ProtocolError(Exception):
+    """A frame that breaks the protocol: its connection is closed with this WebSocket close code."""
+
+    def __init__(self, message: str, close_code: int = 1003) -> None:
+        super().__init__(message)
+        self.close_code = close_code
+
+
+_browser_frames: msgspec.json.Decoder[BrowserFrame] = msgspec.json.Decoder(BrowserFrame)
+_frame_types = {str(kind.__struct_config__.tag) for kind in BrowserFrame.__args__}
+
+
+def decode_frame(text: str) -> BrowserFrame | None:
+    """Read a text frame; None for an unknown `type`, which is to be ignored. Raises ProtocolError."""
+    try:
+        return _browser_frames.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        entry = _forgiving_json(text.encode("utf-8", "replace"))
+        if (
+            isinstance(entry, dict)
+            and isinstance(entry.get("type"), str)
+            and entry["type"] not in _frame_types
+        ):
+            return None
+        raise ProtocolError(f"malformed frame: {error}", 1007 if entry is None else 1003) from None
+
+
+_RECORD_HEAD = struct.Struct(">II")
+
+
+def split_records(frame: bytes) -> Iterator[tuple[int, bytes]]:
+    """Read a binary frame: records of uint32 id, uint32 length (both big-endian), bytes.
+
+    Raises ProtocolError.
+    """
+    at, size = 0, len(frame)
+    while at < size:
+        if size - at < _RECORD_HEAD.size:
+            raise ProtocolError(f"malformed record: {size - at} bytes where a head has {_RECORD_HEAD.size}")
+        exchange_id, length = _RECORD_HEAD.unpack_from(frame, at)
+        start = at + _RECORD_HEAD.size
+        at = start + length
+        if at > size:
+            raise ProtocolError(f"malformed record: {length} bytes announced, {size - start} there")
+        yield exchange_id, frame[start:at]
+
+
+# ==========================================================================================================
+# Events and logs
+# ==========================================================================================================
+#
+# What lower sections tell upper ones goes through one bus: the pool never knows the console. Every event is
+# also one line of the log, so that one session or request can be followed through the whole file by its id.
+
+log = logging.getLogger("lmarena_proxy")
+SessionSource = Literal["bootstrap", "on_demand", "captured"]
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something that happened. `line` is what people read, made of the fields; the fields are the log's."""
+
+    level: ClassVar[int] = logging.INFO
+    line: ClassVar[str] = ""
+
+    @property
+    def text(self) -> str:
+        return self.line.format_map(msgspec.structs.asdict(self)).rstrip(": ")
+
+
+class BridgeConnected(Event, frozen=True):
+    line = "Tab {bridge} connected: {url} (script {script})"
+    bridge: int
+    script: str
+    url: str
+
+
+class BridgeChanged(Event, frozen=True):
+    line = "Tab {bridge} is {state}: {advice}"
+    bridge: int
+    state: str
+    account: str | None
+    advice: str
+
+
+class BridgeLost(Event, frozen=True):
+    level = logging.WARNING
+    line = "Tab {bridge} disconnected: {reason}"
+    bridge: int
+    reason: str
+
+
+class BridgeRefused(Event, frozen=True):
+    level = logging.WARNING
+    line = "Refused a connection at the bridge's port: {reason}"
+    reason: str
+
+
+class RateLimited(Event, frozen=True):
+    level = logging.WARNING
+    line = "The site limits this account (429): everyone waits {seconds:.0f} s"
+    account: str
+    seconds: float
+
+
+class SessionOpened(Event, frozen=True):
+    line = "{model}: session {session_id} message {message_id} ({source})"
+    model: str
+    model_id: str
+    session_id: str
+    message_id: str
+    account: str
+    source: SessionSource
+
+
+class SessionRetired(Event, frozen=True):
+    level = logging.WARNING
+    line = "{model}: session {session_id} retired: {reason}"
+    model: str
+    session_id: str
+    reason: str
+
+
+class ModelSkipped(Event, frozen=True):
+    """Bootstrap gives a model up.
+
+    `error` has the traceback; status and reply are the site's, where it had one.
+    """
+
+    level = logging.ERROR
+    line = "{model} is skipped: {reason}"
+    model: str
+    model_id: str
+    reason: str
+    arena_status: int
+    reply: str
+    error: Exception
+
+
+class PhaseChanged(Event, frozen=True):
+    line = "Bootstrap {phase}: {detail}"
+    phase: str
+    detail: str
+
+
+class RequestEnded(Event, frozen=True):
+    """A request's whole story, and its row in the store, in this order.
+
+    Times are Unix seconds, durations seconds. `messages` and `answer` are None where `log.contents` is off;
+    attachments are only named.
+    """
+
+    line = "{request_id} {model}: {status} {outcome} in {total_seconds:.2f} s"
+    request_id: str
+    created_at: float
+    model: str
+    model_id: str
+    is_stream: bool
+    status: int
+    outcome: str
+    session_id: str | None
+    attempts: int
+    queued_seconds: float
+    first_byte_seconds: float | None
+    total_seconds: float
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    messages: str | None
+    answer: str | None
+
+
+class EventBus:
+    """Hands each event to every listener at once. A listener is plain, quick, and does not raise."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[Event], None]] = []
+
+    def subscribe(self, listener: Callable[[Event], None]) -> None:
+        self._listeners.append(listener)
+
+    def publish(self, event: Event) -> None:
+        for listener in self._listeners:
+            listener(event)
+
+
+def log_event(event: Event) -> None:
+    """The listener that makes each event a line of the log."""
+    error = getattr(event, "error", None)
+    log.log(event.level, "%s", event.text, exc_info=error, extra={"event": event})
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, message, the event's fields, an error's traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = getattr(record, "event", None)
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "event": type(event).__name__ if event else record.name,
+            "message": record.getMessage(),
+        }
+        if event:
+            line |= {name: getattr(event, name) for name in event.__struct_fields__ if name != "error"}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def open_log(config: LogConfig, directory: Path) -> None:
+    """Write the log to a rotating file. Raises ConfigError when the directory cannot be written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = logging.handlers.RotatingFileHandler(
+            directory / "lmarena_proxy.jsonl", maxBytes=10 << 20, backupCount=5, encoding="utf-8"
+        )
+    except OSError as error:
+        raise ConfigError(
+            "log.directory", str(directory), f"a directory that can be written to ({error})"
+        ) from None
+    file.setFormatter(JsonLines())
+    log.setLevel(config.level)
+    log.addHandler(file)
+    log.propagate = False
+
+
+# ==========================================================================================================
+# Store
+# ==========================================================================================================
+#
+# SQLite in one file. One task writes: what is queued while a commit runs shares the next one, so a burst of
+# openings costs a few commits. Commits are synchronous: what save() returned from survives a kill and a power
+# cut.
+
+
+class Session(msgspec.Struct, eq=False):
+    """A conversation on the site that can be retried. Times are Unix seconds."""
+
+    session_id: str
+    message_id: str
+    model_id: str
+    account: str
+    source: SessionSource
+    created_at: float
+    last_used_at: float | None = None
+    uses: int = 0
+    # In a row, and not stored: a restart forgives.
+    failures: int = 0
+
+
+_SCHEMA = """
+CREATE TABLE sessions (
+    session_id TEXT PRIMARY KEY, message_id TEXT NOT NULL, model_id TEXT NOT NULL, account TEXT NOT NULL,
+    source TEXT NOT NULL, created_at REAL NOT NULL, last_used_at REAL, uses INTEGER NOT NULL
+) STRICT;
+CREATE TABLE requests (
+    request_id TEXT PRIMARY KEY, created_at REAL NOT NULL, model TEXT NOT NULL, model_id TEXT NOT NULL,
+    is_stream INTEGER NOT NULL,
+    status INTEGER NOT NULL, outcome TEXT NOT NULL, session_id TEXT, attempts INTEGER NOT NULL,
+    queued_seconds REAL NOT NULL, first_byte_seconds REAL, total_seconds REAL NOT NULL, prompt_tokens INTEGER,
+    completion_tokens INTEGER, messages TEXT, answer TEXT
+) STRICT;
+CREATE INDEX requests_by_time ON requests (created_at);
+PRAGMA user_version = 1;
+"""
+
+
+class _Write:
+    """A statement on its way to the disk."""
+
+    def __init__(self, statement: str, parameters: tuple[Any, ...]) -> None:
+        self.statement, self.parameters = statement, parameters
+        self.done = trio.Event()
+        self.error: sqlite3.Error | None = None
+
+
+class Store:
+    """The sessions and the request log on disk. `run` must be running for `save` to return."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open or create the store. Raises ConfigError when it cannot be used."""
+        self.path = directory / "lmarena_proxy.sqlite3"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(self.path, timeout=10, check_same_thread=False)
+            self._connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            [version] = self._connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                self._connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError("storage.path", str(self.path), f"a store that can be used ({error})") from None
+        if version > 1:
+            raise ConfigError(
+                "storage.path", str(self.path), f"a store of version 1, but it has version {version}"
+            )
+        self._queue, self._writes = trio.open_memory_channel[_Write](math.inf)
+
+    def sessions(self) -> list[Session]:
+        """All stored sessions, oldest first. For use before `run`."""
+        fields = "session_id, message_id, model_id, account, source, created_at, last_used_at, uses"
+        rows = self._connection.execute(f"SELECT {fields} FROM sessions ORDER BY created_at, session_id")
+        return [Session(*row) for row in rows]
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write what is queued until `close`, then everything left, and close the file."""
+        task_status.started()
+        with trio.CancelScope(shield=True):  # Ends by close(); each commit is bounded by SQLite's timeout.
+            async for write in self._writes:
+                batch = [write]
+                while self._writes.statistics().current_buffer_used:
+                    batch.append(self._writes.receive_nowait())
+                error = await trio.to_thread.run_sync(self._commit, batch)
+                if error:
+                    log.error("The store could not write %d records: %s", len(batch), error)
+                for write in batch:
+                    write.error = error
+                    write.done.set()
+            await trio.to_thread.run_sync(self._connection.close)
+
+    def _commit(self, batch: Sequence[_Write]) -> sqlite3.Error | None:
+        try:
+            with self._connection:
+                for write in batch:
+                    self._connection.execute(write.statement, write.parameters)
+        except sqlite3.Error as error:
+            return error
+        return None
+
+    def close(self) -> None:
+        self._queue.close()
+
+    def _write(self, statement: str, *parameters: Any) -> _Write:
+        write = _Write(statement, parameters)
+        self._queue.send_nowait(write)
+        return write
+
+    async def save(self, session: Session) -> bool:
+        """Insert or replace a session; returns once it is on disk, False when it could not be written."""
+        values = [getattr(session, name) for name in session.__struct_fields__[:8]]
+        write = self._write(f"INSERT OR REPLACE INTO sessions VALUES ({', '.join('?' * 8)})", *values)
+        await write.done.wait()
+        return write.error is None
+
+    def touch(self, session: Session) -> None:
+        """Note a session's use."""
+        self._write(
+            "UPDATE sessions SET last_used_at = ?, uses = ? WHERE session_id = ?",
+            *(session.last_used_at, session.uses, session.session_id),
+        )
+
+    def remove(self, session: Session) -> None:
+        self._write("DELETE FROM sessions WHERE session_id = ?", session.session_id)
+
+    def log_request(self, event: Event) -> None:
+        """The listener that keeps the request log: each request is one row, written whole."""
+        if isinstance(event, RequestEnded):
+            values = msgspec.structs.astuple(event)
+            self._write(f"INSERT OR REPLACE INTO requests VALUES ({', '.join('?' * len(values))})", *values)
+
+
+# ==========================================================================================================
+# Session pool
+# ==========================================================================================================
+#
+# Theory. Each model has a limiter, whose tokens are the exchanges it may have running, and a deque of idle
+# sessions.
+#
+#   - A request first gets a token, first come first served: trio's limiter hands a returned token to the
+#     longest waiter, so a newcomer never passes one. The token is borrowed on behalf of the lease, not of the
+#     task, so that a request may move between tasks.
+#   - The holder of a token then takes the session that has been idle longest (round robin), or none, and then
+#     opens one. There are as many tokens as usable sessions, and at least `sessions_per_model`.
+#   - Bootstrap opens under the same tokens, so it and requests together never exceed them.
+#   - A session is bound to the account that opened it. Sessions of accounts without a ready tab rest in the
+#     deque: `take` passes over them, and they add no tokens.
+#   - A lease's session goes back to the end of the deque, unless it was retired meanwhile.
+#
+# The pool sends nothing and knows no bridge. There is no await between reading and changing its state; only
+# `acquire` and `add` wait, the first before it changes anything but the queue, the second on the disk before
+# it changes anything.
+
+
+class Lease:
+    """One request's or opening's claim: its token, the session it holds, and what has become of it."""
+
+    def __init__(self, request_id: str, model: Model, source: SessionSource = "on_demand") -> None:
+        self.request_id, self.model, self.source = request_id, model, source
+        self.session: Session | None = None
+        self.has_token = False
+        self.last_session_id: str | None = None
+        self.started_at = trio.current_time()
+        self.admitted_at: float | None = None
+        self.first_byte_at: float | None = None
+        self.attempts = 0
+
+    def __repr__(self) -> str:
+        session = self.session.session_id if self.session else "no session"
+        return f"<Lease {self.request_id} of {self.model.name}: {session}>"
+
+
+class ModelPool:
+    """One model's sessions and tokens."""
+
+    def __init__(self, model: Model, target: int) -> None:
+        self.model, self.target = model, target
+        self.sessions: dict[str, Session] = {}
+        self.limiter = trio.CapacityLimiter(target)
+        self._idle: deque[Session] = deque()
+
+    def __repr__(self) -> str:
+        return (
+            f"<ModelPool {self.model.name}: {len(self.sessions)} sessions, {self.idle} idle, "
+            f"{self.limiter.borrowed_tokens}/{self.limiter.total_tokens:g} tokens, {self.waiting} waiting>"
+        )
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def busy(self) -> int:
+        return len(self.sessions) - len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        return self.limiter.statistics().tasks_waiting
+
+    def usable(self, accounts: Iterable[str]) -> int:
+        """How many sessions belong to these accounts."""
+        wanted = set(accounts)
+        return sum(session.account in wanted for session in self.sessions.values())
+
+    def resize(self, accounts: Iterable[str]) -> None:
+        """Set the number of tokens to what these accounts can use."""
+        self.limiter.total_tokens = max(self.target, self.usable(accounts))
+
+    def put(self, session: Session) -> None:
+        """Add a session, idle; one that is known keeps its place and takes the message id."""
+        known = self.sessions.setdefault(session.session_id, session)
+        known.message_id = session.message_id
+        if known is session:
+            self._idle.append(session)
+
+    def take(self, lease: Lease, accounts: Iterable[str]) -> Session | None:
+        """Lend the longest idle session that one of these accounts may use, if there is one."""
+        wanted = set(accounts)
+        for session in self._idle:
+            if session.account in wanted:
+                self._idle.remove(session)
+                lease.session = session
+                lease.last_session_id = session.session_id
+                return session
+        return None
+
+    def give_back(self, lease: Lease) -> None:
+        """Take a lease's session back, if it holds one that was not retired."""
+        session, lease.session = lease.session, None
+        if session and self.sessions.get(session.session_id) is session:
+            self._idle.append(session)
+
+    def drop(self, session: Session) -> None:
+        self.sessions.pop(session.session_id, None)
+        if session in self._idle:
+            self._idle.remove(session)
+
+
+class SessionPool:
+    """All models' pools, their store, and what is told of them."""
+
+    def __init__(self, catalog: Catalog, config: PoolConfig, store: Store, bus: EventBus) -> None:
+        self.catalog = catalog
+        self._config, self._store, self._bus = config, store, bus
+        self._pools: dict[str, ModelPool] = {}
+        self._accounts: frozenset[str] = frozenset()
+        for session in store.sessions():
+            # Sessions of models that are left out this time stay in the store and are not loaded.
+            if catalog.get(session.model_id):
+                self.of(session.model_id).put(session)
+
+    def __iter__(self) -> Iterator[ModelPool]:
+        return (self.of(model.id) for model in self.catalog)
+
+    def __repr__(self) -> str:
+        sessions = sum(len(pool.sessions) for pool in self)
+        return f"<SessionPool of {sessions} sessions for {len(self.catalog)} models>"
+
+    def of(self, model_id: str) -> ModelPool:
+        """A model's pool, made when first asked for."""
+        model = self.catalog.get(model_id)
+        assert model is not None, model_id
+        pool = self._pools.get(model_id)
+        if pool is None:
+            pool = self._pools[model_id] = ModelPool(model, self._config.sessions_per_model)
+        pool.model = model
+        return pool
+
+    def set_accounts(self, accounts: Iterable[str]) -> None:
+        """The accounts that have a ready tab now."""
+        self._accounts = frozenset(accounts)
+        for pool in self._pools.values():
+            pool.resize(self._accounts)
+
+    def missing(self, model: Model) -> int:
+        """How many sessions bootstrap has to open for a model."""
+        return max(0, self._config.sessions_per_model - self.of(model.id).usable(self._accounts))
+
+    async def acquire(self, lease: Lease) -> None:
+        """Wait for a token, first come first served."""
+        await self.of(lease.model.id).limiter.acquire_on_behalf_of(lease)
+        lease.has_token = True
+
+    def acquire_nowait(self, lease: Lease) -> bool:
+        """Take a token if there is one that nobody waits for."""
+        try:
+            self.of(lease.model.id).limiter.acquire_on_behalf_of_nowait(lease)
+        except trio.WouldBlock:
+            return False
+        lease.has_token = True
+        return True
+
+    def take(self, lease: Lease, accounts: Iterable[str]) -> Session | None:
+        return self.of(lease.model.id).take(lease, accounts)
+
+    def give_back(self, lease: Lease) -> None:
+        self.of(lease.model.id).give_back(lease)
+
+    def release(self, lease: Lease) -> None:
+        """Give back what a lease holds: its session, then its token."""
+        pool = self.of(lease.model.id)
+        pool.give_back(lease)
+        if lease.has_token:
+            lease.has_token = False
+            pool.limiter.release_on_behalf_of(lease)
+
+    async def add(self, session: Session) -> None:
+        """Store a new session, then let it be used and tell of it."""
+        if not await self._store.save(session):
+            log.error(
+                "Session %s works, but is not in the store: it is lost at the next start", session.session_id
+            )
+        pool = self.of(session.model_id)
+        pool.put(session)
+        pool.resize(self._accounts)
+        ids = (pool.model.id, session.session_id, session.message_id, session.account)
+        self._bus.publish(SessionOpened(pool.model.name, *ids, source=session.source))
+
+    async def continue_by_hand(self, session: Session, message_id: str) -> None:
+        """The person went on in a conversation of the pool: retries now name its new last message."""
+        session.message_id = message_id
+        await self._store.save(session)
+        name = self.of(session.model_id).model.name
+        ids = (session.model_id, session.session_id, message_id, session.account)
+        self._bus.publish(SessionOpened(name, *ids, source="captured"))
+
+    def find(self, session_id: str) -> Session | None:
+        return next((pool.sessions[session_id] for pool in self if session_id in pool.sessions), None)
+
+    def note_use(self, session: Session) -> None:
+        session.uses += 1
+        session.failures = 0
+        session.last_used_at = time.time()
+        self._store.touch(session)
+
+    def note_failure(self, session: Session, reason: str) -> None:
+        """Count a failure; too many in a row retire the session."""
+        session.failures += 1
+        if session.failures >= self._config.max_consecutive_failures:
+            self.retire(session, f"{session.failures} failures in a row, last: {reason}")
+
+    def retire(self, session: Session, reason: str) -> None:
+        """Take a session out of the pool and the store for good."""
+        pool = self.of(session.model_id)
+        pool.drop(session)
+        pool.resize(self._accounts)
+        self._store.remove(session)
+        self._bus.publish(SessionRetired(pool.model.name, session.session_id, reason))
+
+    def snapshot(self) -> list[dict[str, object]]:
+        """The `pool` part of /api/state."""
+        return [
+            {
+                "model": pool.model.name,
+                "model_id": pool.model.id,
+                "modality": pool.model.modality,
+                "sessions": len(pool.sessions),
+                "idle": pool.idle,
+                "busy": pool.busy,
+                "waiting": pool.waiting,
+            }
+            for pool in self
+        ]
+
+
+# ==========================================================================================================
+# Bridges
+# ==========================================================================================================
+#
+# A bridge is a connected tab; an exchange is one fetch relayed through it. Sending is putting a frame in the
+# bridge's outbox, which one task empties: a request that is cancelled half-way never tears a frame. The read
+# loop never waits for a reader: what arrives goes into the exchange's buffer, and an exchange that overflows
+# is given up alone.
+#
+# Pages report `loading`, `verification`, `sign_in` or `ready`. What the site's answers say of a page
+# overrules that until the page reports again: after a challenge it counts as `verification`, after a 401 as
+# stale.
+
+HELLO_TIMEOUT_SECONDS = 10
+RELOAD_INTERVAL_SECONDS = 60
+# The userscript's frames stay below 1 MiB; the page's model list is the largest text.
+MAX_FRAME_BYTES = 16 << 20
+# What may wait for a client that reads slowly. An answer in text is rarely a tenth of it.
+EXCHANGE_BUFFER_BYTES = 16 << 20
+
+
+class ExchangeBroken(Exception):
+    """An exchange ended without a whole answer. `reason` is the wire's, or `lost` (the tab) or `overflow`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message or reason)
+        self.reason = reason
+
+
+class Exchange:
+    """One relayed fetch: its head, then its body's bytes, as they arrive."""
+
+    def __init__(self, exchange_id: int) -> None:
+        self.id = exchange_id
+        self._head: Head | None = None
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._ended = False
+        self._broken: ExchangeBroken | None = None
+        self._lot = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        state = "broken" if self._broken else "ended" if self._ended else "open"
+        return f"<Exchange {self.id}: {state}, {self._size} bytes waiting>"
+
+    @property
+    def is_over(self) -> bool:
+        return self._ended or self._broken is not None
+
+    def begin(self, head: Head) -> None:
+        self._head = self._head or head
+        self._lot.unpark_all()
+
+    def feed(self, data: bytes) -> None:
+        if self.is_over:
+            return
+        self._chunks.append(data)
+        self._size += len(data)
+        if self._size > EXCHANGE_BUFFER_BYTES:
+            self.fail(
+                ExchangeBroken(
+                    "overflow", f"more than {EXCHANGE_BUFFER_BYTES >> 20} MiB waited for the client"
+                )
+            )
+        elif self._lot:
+            self._lot.unpark_all()
+
+    def end(self) -> None:
+        self._ended = True
+        self._lot.unpark_all()
+
+    def fail(self, broken: ExchangeBroken) -> None:
+        if not self.is_over:
+            self._broken = broken
+            self._lot.unpark_all()
+
+    async def head(self) -> Head:
+        """Wait for the response's head. Raises ExchangeBroken."""
+        while self._head is None:
+            if self._broken:
+                raise self._broken
+            if self._ended:
+                raise ExchangeBroken("network", "the response ended before it began")
+            await self._lot.park()
+        return self._head
+
+    async def receive(self) -> bytes:
+        """All bytes that have arrived since, at least one; b"" at the end. Raises ExchangeBroken."""
+        while not self._chunks:
+            if self._broken:
+                raise self._broken
+            if self._ended:
+                return b""
+            await self._lot.park()
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        return data
+
+
+# What a page may report after what. A page says hello once; nothing comes before it.
+BRIDGE_FRAMES: dict[str, frozenset[str]] = {
+    "new": frozenset({"hello"}),
+    "open": frozenset({"state", "models", "captured", "response", "error", "end", "pong"}),
+    "closed": frozenset(),
+}
+
+
+class Bridge:
+    """One connected tab."""
+
+    def __init__(self, bridge_id: int, connection: trio_websocket.WebSocketConnection) -> None:
+        self.id = bridge_id
+        self.connected_at = datetime.now(UTC)
+        self.script = ""
+        self.account: str | None = None
+        self.reported: PageState = "loading"
+        # What the site's answers say of the page, until it reports again.
+        self.overruled: PageState | None = None
+        self._phase = "new"
+        self._connection = connection
+        self._outbox, self._outgoing = trio.open_memory_channel[Frame](math.inf)
+        self._exchanges: dict[int, Exchange] = {}
+        self._ids = itertools.count(1)
+        self._heard_at = trio.current_time()
+
+    def __repr__(self) -> str:
+        return f"<Bridge {self.id}: {self.state}, {self.in_flight} in flight>"
+
+    @property
+    def state(self) -> PageState:
+        return self.overruled or self.reported
+
+    @property
+    def is_ready(self) -> bool:
+        return self._phase == "open" and self.state == "ready" and self.account is not None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._exchanges)
+
+    def send(self, frame: Frame) -> None:
+        """Put a frame in the outbox. A bridge that is gone swallows it: its exchanges have failed already."""
+        try:
+            self._outbox.send_nowait(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("Tab %d is gone; a %s frame was dropped", self.id, type(frame).__name__)
+
+    @contextmanager
+    def fetch(self, method: Literal["POST", "PUT"], path: str, body: str) -> Iterator[Exchange]:
+        """Relay a fetch. Leaving the block before the response has ended aborts it in the browser."""
+        exchange = Exchange(next(self._ids))
+        self._exchanges[exchange.id] = exchange
+        if self._phase == "closed":
+            exchange.fail(ExchangeBroken("lost", "the tab was lost"))
+        self.send(Fetch(exchange.id, method, path, body))
+        try:
+            yield exchange
+        finally:
+            if self._exchanges.pop(exchange.id, None) and not exchange.is_over:
+                self.send(Abort(exchange.id))
+
+    async def carry(self, heartbeat_seconds: float, on_frame: Callable[[BrowserFrame], None]) -> str:
+        """Read, write and beat until the connection ends; returns why it did.
+
+        Hands `on_frame` what it cannot use.
+        """
+        reason = f"no sign of life for {2 * heartbeat_seconds:g} s"
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._beat, heartbeat_seconds, nursery.cancel_scope)
+                reason = await self._read(on_frame)
+                nursery.cancel_scope.cancel()
+            return reason
+        finally:
+            self._phase = "closed"
+            self._outgoing.close()
+            for exchange in self._exchanges.values():
+                exchange.fail(ExchangeBroken("lost", "the tab was lost"))
+            self._exchanges.clear()
+
+    async def _read(self, on_frame: Callable[[BrowserFrame], None]) -> str:
+        try:
+            while True:
+                message = await self._connection.get_message()
+                self._heard_at = trio.current_time()
+                if isinstance(message, bytes):
+                    for exchange_id, data in split_records(message):
+                        if exchange := self._exchanges.get(exchange_id):
+                            exchange.feed(data)
+                elif frame := decode_frame(message):
+                    self._dispatch(frame, on_frame)
+                else:
+                    log.warning("Tab %d sent a frame of an unknown type: %.80s", self.id, message)
+        except trio_websocket.ConnectionClosed as closed:
+            return (
+                f"code {closed.reason.code} {closed.reason.reason or ''}".rstrip() if closed.reason else "cut"
+            )
+        except ProtocolError as error:
+            await self._connection.aclose(error.close_code, str(error)[:100])
+            return str(error)
+
+    def _dispatch(self, frame: BrowserFrame, on_frame: Callable[[BrowserFrame], None]) -> None:
+        kind = str(type(frame).__struct_config__.tag)
+        if kind not in BRIDGE_FRAMES[self._phase]:
+            raise ProtocolError(f"unexpected frame: {kind!r} from a bridge that is {self._phase}")
+        self._phase = "open"
+        if isinstance(frame, Head | End | Broken):
+            exchange = self._exchanges.get(frame.id)
+            if exchange is None:
+                return  # It was aborted, and this crossed the abort on the way.
+            if isinstance(frame, Head):
+                exchange.begin(frame)
+            elif isinstance(frame, End):
+                exchange.end()
+            else:
+                exchange.fail(ExchangeBroken(frame.reason, frame.message))
+        elif not isinstance(frame, Pong):
+            on_frame(frame)
+
+    async def _write(self) -> None:
+        try:
+            async for frame in self._outgoing:
+                await self._connection.send_message(msgspec.json.encode(frame).decode())
+        except trio_websocket.ConnectionClosed:
+            log.debug("Tab %d closed while the program was writing", self.id)
+
+    async def _beat(self, seconds: float, connection_scope: trio.CancelScope) -> None:
+        """Ping, and give up a connection that was silent for two beats: its other end may be gone."""
+        while trio.current_time() - self._heard_at < 2 * seconds:
+            self.send(Ping(round(time.time(), 3)))
+            await trio.sleep(seconds)
+        connection_scope.cancel()
+
+
+class RateLimitGate:
+    """One per account: a 429 closes it for everyone.
+
+    When its time is over it lets one request through as a probe; the others follow when the site took it.
+    Without a Retry-After it stays closed for 5 s, doubling to 5 min.
+    """
+
+    FIRST_SECONDS, LAST_SECONDS = 5.0, 300.0
+
+    def __init__(self) -> None:
+        self._opens_at = -math.inf
+        self._refusals = 0
+        self._probe: Lease | None = None
+        self._changed = trio.Event()
+
+    def __repr__(self) -> str:
+        return f"<RateLimitGate: {'open' if self.is_open else f'closed for {self.seconds:.1f} s'}>"
+
+    @property
+    def is_open(self) -> bool:
+        return not self._refusals or (self._probe is None and self.seconds <= 0)
+
+    @property
+    def seconds(self) -> float:
+        """How long it stays closed, at least."""
+        return max(0.0, self._opens_at - trio.current_time())
+
+    def enter(self, lease: Lease) -> None:
+        """Go through an open gate; the first after a refusal is the probe."""
+        if self._refusals:
+            self._probe = lease
+
+    def leave(self, lease: Lease) -> None:
+        """The exchange is over, however it ended: a probe without a result makes place for the next."""
+        if self._probe is lease:
+            self._probe = None
+            self._notify()
+
+    def accept(self) -> None:
+        """The site took a request."""
+        if self._refusals:
+            self._refusals = 0
+            self._notify()
+
+    def refuse(self, retry_after_seconds: float | None) -> float:
+        """The site answered 429. Returns for how many seconds the gate is closed now."""
+        if self.seconds <= 0:
+            self._refusals += 1
+        doubled = min(self.LAST_SECONDS, self.FIRST_SECONDS * 2 ** min(self._refusals - 1, 10))
+        seconds = doubled if retry_after_seconds is None else retry_after_seconds
+        self._opens_at = max(self._opens_at, trio.current_time() + seconds)
+        self._notify()
+        return self.seconds
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait(self) -> None:
+        """Wait until it is open, or may be."""
+        while not self.is_open:
+            with trio.move_on_after(self.seconds or math.inf):
+                await self._changed.wait()
+
+
+class Obstacle(msgspec.Struct, frozen=True):
+    """Why nothing can be sent now, and what the person should do."""
+
+    state: str
+    advice: str
+    status: int
+    code: str
+
+    def error(self) -> BridgeError:
+        retry_after = 5 if self.status == 503 else None
+        return BridgeError(self.advice, status=self.status, code=self.code, retry_after=retry_after)
+
+
+OBSTACLES = {
+    "missing": Obstacle(
+        "missing",
+        "No LMArena tab is connected: open the site in the browser that has the userscript.",
+        503,
+        "bridge_unavailable",
+    ),
+    "loading": Obstacle("loading", "The LMArena tab is still loading.", 503, "bridge_unavailable"),
+    "verification": Obstacle(
+        "verification",
+        "The site wants its human check passed: go to the LMArena tab and pass it.",
+        403,
+        "human_verification_required",
+    ),
+    "sign_in": Obstacle(
+        "sign_in",
+        "The site wants a sign-in: go to the LMArena tab, accept its terms or sign in.",
+        403,
+        "sign_in_required",
+    ),
+}
+
+
+MISSING = OBSTACLES["missing"]
+
+
+def _origin_pattern(origin: str) -> re.Pattern[str]:
+    """An allowed origin as a pattern: `*` stands for one or more labels of a host name, nothing else."""
+    return re.compile(re.escape(origin).replace(r"\*", r"[a-z0-9-]+(?:\.[a-z0-9-]+)*"), re.IGNORECASE)
+
+
+class Bridges:
+    """All connected tabs: who may carry what, and what is waited for while none can."""
+
+    def __init__(self, config: Config, bus: EventBus, pool: SessionPool) -> None:
+        self._config, self._bus, self._pool = config, bus, pool
+        self._bridges: dict[int, Bridge] = {}
+        self._gates: dict[str, RateLimitGate] = {}
+        self._ids = itertools.count(1)
+        self._changed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._missing_since = trio.current_time()
+        # A reload that a challenge asked for: until then a missing tab counts as being at the check.
+        self._at_check_until = -math.inf
+        self._reloaded_at = -math.inf
+        self._stale_accounts: set[str] = set()
+        self._origins = [_origin_pattern(pattern) for pattern in config.bridge.allowed_origins]
+
+    def __iter__(self) -> Iterator[Bridge]:
+        return iter(self._bridges.values())
+
+    def __repr__(self) -> str:
+        return f"<Bridges: {[*self]}>"
+
+    async def serve(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen for tabs; `started` with the port. Raises OSError when the port cannot be had."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            listen = partial(
+                trio_websocket.serve_websocket,
+                self._carry,
+                self._config.bridge.host,
+                self._config.bridge.port,
+                None,
+                message_queue_size=64,
+                max_message_size=MAX_FRAME_BYTES,
+                receive_buffer_size=1 << 18,
+                connect_timeout=HELLO_TIMEOUT_SECONDS,
+                disconnect_timeout=2,
+            )
+            server = await nursery.start(listen)
+            task_status.started(server.port)
+            await trio.sleep_forever()
+
+    async def _carry(self, handshake: trio_websocket.WebSocketRequest) -> None:
+        """One connection's life."""
+        origins = [value.decode("latin-1") for name, value in handshake.headers if name.lower() == b"origin"]
+        if len(origins) != 1 or not any(pattern.fullmatch(origins[0]) for pattern in self._origins):
+            self._bus.publish(
+                BridgeRefused(f"origin {', '.join(origins) or 'missing'} is not in allowed_origins")
+            )
+            await handshake.reject(403)
+            return
+        connection = await handshake.accept()
+        bridge = Bridge(next(self._ids), connection)
+        reason = "the program stopped"
+        try:
+            with trio.CancelScope() as hello:
+                hello.deadline = trio.current_time() + HELLO_TIMEOUT_SECONDS
+                heartbeat_seconds = self._config.bridge.heartbeat_seconds
+                reason = await bridge.carry(heartbeat_seconds, partial(self._take_frame, bridge, hello))
+            if hello.cancelled_caught:
+                reason = "no hello"
+        except Exception:
+            reason = "an error in the program"
+            log.exception("A bridge broke; the others go on")
+        finally:
+            self._remove(bridge, reason)
+
+    def _take_frame(self, bridge: Bridge, hello: trio.CancelScope, frame: BrowserFrame) -> None:
+        match frame:
+            case Hello():
+                hello.deadline = math.inf
+                self._welcome(bridge, frame)
+            case State():
+                self._note_state(bridge, frame.state, frame.account)
+            case Models():
+                self._merge_models(frame.models)
+            case Captured():
+                assert self._nursery is not None
+                self._nursery.start_soon(self._capture, frame)
+
+    def _welcome(self, bridge: Bridge, hello: Hello) -> None:
+        if hello.protocol != PROTOCOL:
+            message = f"protocol {hello.protocol} is not {PROTOCOL}: reinstall the userscript"
+            raise ProtocolError(message, 4001)
+        bridge.script = hello.script
+        bridge.send(Welcome(PROTOCOL, VERSION, self._config.arena.auth_cookie))
+        self._bridges[bridge.id] = bridge
+        self._at_check_until = -math.inf
+        self._bus.publish(BridgeConnected(bridge.id, hello.script, hello.url))
+        self._note_state(bridge, hello.state, hello.account)
+
+    def _remove(self, bridge: Bridge, reason: str) -> None:
+        if self._bridges.pop(bridge.id, None):
+            self._bus.publish(BridgeLost(bridge.id, reason))
+            if not self._bridges:
+                self._missing_since = trio.current_time()
+            self._notify()
+        else:
+            self._bus.publish(BridgeRefused(reason))
+
+    def _note_state(self, bridge: Bridge, state: PageState, account: str | None) -> None:
+        bridge.reported, bridge.account, bridge.overruled = state, account, None
+        if state == "ready" and account is None:
+            bridge.overruled = "sign_in"
+        self._announce(bridge)
+
+    def _announce(self, bridge: Bridge) -> None:
+        obstacle = OBSTACLES.get(bridge.state)
+        advice = obstacle.advice if obstacle else ""
+        self._bus.publish(BridgeChanged(bridge.id, bridge.state, bridge.account, advice))
+        self._notify()
+
+    def _notify(self) -> None:
+        self._pool.set_accounts(self.accounts())
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _merge_models(self, entries: list[Any]) -> None:
+        models = []
+        for entry in entries:
+            try:
+                models.append(Model.from_entry(entry))
+            except ValueError as error:
+                log.warning("The page's model list has an entry that is no model: %s", error)
+        if changed := self._pool.catalog.merge(models):
+            log.info("The page's model list changed %d of %d models", changed, len(self._pool.catalog))
+
+    async def _capture(self, frame: Captured) -> None:
+        """Take a conversation that the person opened or continued by hand into the pool."""
+        session = self._pool.find(frame.session_id)
+        if session and session.account == frame.account:
+            if session.message_id != frame.message_id:
+                await self._pool.continue_by_hand(session, frame.message_id)
+        elif frame.mode != "direct" or frame.model_id is None or frame.account is None:
+            log.info("A conversation by hand is not for the pool: %s, mode %s", frame.session_id, frame.mode)
+        elif self._pool.catalog.get(frame.model_id) is None:
+            log.info("A conversation by hand has a model that is left out: %s", frame.model_id)
+        elif session is None:
+            ids = (frame.session_id, frame.message_id, frame.model_id, frame.account)
+            await self._pool.add(Session(*ids, source="captured", created_at=time.time()))
+
+    def accounts(self) -> set[str]:
+        """The accounts that have a ready tab."""
+        return {bridge.account for bridge in self if bridge.is_ready and bridge.account is not None}
+
+    def gate(self, account: str) -> RateLimitGate:
+        return self._gates.setdefault(account, RateLimitGate())
+
+    def least_busy(self, accounts: Iterable[str]) -> Bridge:
+        """The ready bridge with the fewest exchanges; one of these accounts must have one."""
+        wanted = set(accounts)
+        ready = [bridge for bridge in self if bridge.is_ready and bridge.account in wanted]
+        return min(ready, key=lambda bridge: bridge.in_flight)
+
+    def obstacle(self) -> Obstacle | None:
+        """Why nothing can be sent now; None while some tab is ready."""
+        states = {bridge.state for bridge in self}
+        if any(bridge.is_ready for bridge in self):
+            return None
+        if not states and trio.current_time() < self._at_check_until:
+            return OBSTACLES["verification"]
+        return next(
+            (OBSTACLES[state] for state in ("verification", "sign_in", "loading") if state in states), MISSING
+        )
+
+    async def wait_ready(self, person_wait_seconds: float) -> None:
+        """Wait until some tab is ready. Raises BridgeError when that takes too long.
+
+        A missing tab may be away for `bridge.reconnect_grace_seconds`, from when it went on. The person has
+        `person_wait_seconds` from now; infinity waits for the tab, too, as long as it takes.
+        """
+        began_at = trio.current_time()
+        while obstacle := self.obstacle():
+            deadline = began_at + person_wait_seconds
+            if obstacle is MISSING and person_wait_seconds < math.inf:
+                grace_ends_at = self._missing_since + self._config.bridge.reconnect_grace_seconds
+                deadline = max(grace_ends_at, trio.current_time())
+            elif obstacle is not MISSING and not self._bridges:
+                deadline = min(deadline, self._at_check_until)
+            with trio.move_on_at(deadline) as patience:
+                await self._changed.wait()
+            if patience.cancelled_caught and self.obstacle() is obstacle:
+                raise obstacle.error()
+
+    async def wait_changed(self) -> None:
+        await self._changed.wait()
+
+    def note_challenge(self, bridge: Bridge) -> None:
+        """The site wants its check: loading the page lets it run; passing it is the person's business."""
+        if bridge.overruled != "verification":
+            bridge.overruled = "verification"
+            self._announce(bridge)
+            self._ask_reload(bridge, "the site wants its human check")
+
+    def note_signed_out(self, bridge: Bridge) -> None:
+        """The site answered 401: the page's sign-in is stale.
+
+        A reload may renew it, once; then the person must.
+        """
+        account = bridge.account or ""
+        if bridge.overruled is None:
+            bridge.overruled = "sign_in" if account in self._stale_accounts else "loading"
+            self._announce(bridge)
+            if account not in self._stale_accounts:
+                self._stale_accounts.add(account)
+                self._ask_reload(bridge, "the page's sign-in is stale")
+
+    def note_accepted(self, bridge: Bridge) -> None:
+        """The site took a request: its sign-in is good, and its rate limit is over."""
+        account = bridge.account or ""
+        self._stale_accounts.discard(account)
+        self.gate(account).accept()
+
+    def note_rate_limit(self, bridge: Bridge, retry_after_seconds: float | None) -> None:
+        account = bridge.account or ""
+        was_open = self.gate(account).is_open
+        seconds = self.gate(account).refuse(retry_after_seconds)
+        if was_open:
+            self._bus.publish(RateLimited(account, seconds))
+
+    def _ask_reload(self, bridge: Bridge, reason: str) -> None:
+        """Ask for a reload now or, since at most one a minute is asked for, as soon as that is over."""
+        assert self._nursery is not None
+        self._nursery.start_soon(self._reload, bridge, reason)
+
+    async def _reload(self, bridge: Bridge, reason: str) -> None:
+        await trio.sleep_until(self._reloaded_at + RELOAD_INTERVAL_SECONDS)
+        if bridge.id in self._bridges and bridge.overruled:
+            self._reloaded_at = trio.current_time()
+            if bridge.overruled == "verification":
+                self._at_check_until = self._reloaded_at + self._config.requests.person_wait_seconds
+            bridge.send(Reload(reason))
+
+    def refresh_models(self) -> int:
+        """Ask every tab for its model list. Returns how many were asked."""
+        for bridge in self:
+            bridge.send(SendModels())
+        return len(self._bridges)
+
+    def snapshot(self) -> list[dict[str, object]]:
+        """The `bridges` part of /api/state."""
+        return [
+            {
+                "id": bridge.id,
+                "state": bridge.state,
+                "account": bridge.account,
+                "script": bridge.script,
+                "connected_at": bridge.connected_at.isoformat(timespec="seconds"),
+                "in_flight": bridge.in_flight,
+            }
+            for bridge in self
+        ]
+
+
+# ==========================================================================================================
+# Relay
+# ==========================================================================================================
+#
+# Theory. The relay answers one request: it waits until a tab is ready, waits for the model's token, and then
+# attempts the exchange until there is an answer or a reason to stop. Who wins when two things happen at once:
+#
+#   - Before an attempt, tab, session and gate are chosen in one breath, without an await; if one of them has
+#     gone while another was waited for, the choice is made again.
+#   - What has delivered nothing to its client is attempted again; what has delivered something never is. An
+#     attempt's failure is a Setback, which says whether trying again is free (the tab was lost, the person is
+#     needed, 429, another session may do), counts (the site failed), or is pointless.
+#   - A session that the site no longer knows is retired at once, and the request goes on with another.
+#   - A new conversation joins the pool when its answer has ended well, is on disk before it is told of, and
+#     is not lost to a cancellation between the two.
+#   - Leaving the exchange, for whatever reason, aborts the fetch in the browser; leaving `answer` frees
+#     session and token.
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """How long one answer may take, part by part, and how often the site may fail. Infinity is no limit."""
+
+    queue_seconds: float
+    rate_limit_seconds: float
+    first_byte_seconds: float
+    idle_seconds: float
+    exchange_seconds: float
+    total_seconds: float
+    person_wait_seconds: float
+    attempts: int
+
+
+class Sink(Protocol):
+    """Where an answer goes."""
+
+    async def deliver(self, events: Sequence[AnswerEvent]) -> None: ...
+
+    def restart(self) -> bool:
+        """Forget what was delivered, for another attempt. False when somebody has it already."""
+        ...
+
+
+class Discard:
+    """The sink of an answer that nobody reads: bootstrap's."""
+
+    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
+        return
+
+    def restart(self) -> bool:
+        return True
+
+
+class Setback(Exception):
+    """An attempt brought no answer. `error` is what the client is told if that is the end of it."""
+
+    def __init__(self, course: Literal["free", "pause", "counts", "final"], error: ApiError) -> None:
+        super().__init__(error.message)
+        self.course, self.error = course, error
+
+
+# By kind of refusal: the course, and the client's status, code and sentence if it comes to that.
+_REFUSALS: dict[str, tuple[Any, int, str, str]] = {
+    "challenge": ("free", 403, "human_verification_required", OBSTACLES["verification"].advice),
+    "signed_out": ("free", 403, "sign_in_required", OBSTACLES["sign_in"].advice),
+    "rate_limited": ("free", 429, "rate_limit_exceeded", "The site limits this account's requests"),
+    "running": ("pause", 502, "upstream_error", "The site is still answering this conversation"),
+    "gone": ("final", 502, "upstream_error", "The site does not offer this model or conversation"),
+    "too_large": (
+        "final",
+        413,
+        "request_too_large",
+        "The site refused an attachment or message as too large",
+    ),
+    "rejected": ("final", 400, "invalid_request", "The site rejected the request"),
+    "failed": ("counts", 502, "upstream_error", "The site failed"),
+}
+
+
+def _tell_refusal(refusal: Refusal) -> Setback:
+    course, status, code, sentence = _REFUSALS[refusal.kind]
+    detail = f": {refusal.reply[:300].strip()}" if refusal.reply.strip() and refusal.reply[:1] != "<" else ""
+    fields: dict[str, Any] = {
+        "status": status,
+        "code": code,
+        "arena_status": refusal.status,
+        "reply": refusal.reply,
+    }
+    error = ArenaError(
+        f"{sentence} (status {refusal.status}){detail}", retry_after=refusal.retry_after_seconds, **fields
+    )
+    return Setback(course, error)
+
+
+class Relay:
+    """Answers requests and opens conversations through the bridges."""
+
+    # Pauses between attempts, in seconds; the last one repeats.
+    PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+    def __init__(self, config: Config, pool: SessionPool, bridges: Bridges) -> None:
+        self._config, self._pool, self._bridges = config, pool, bridges
+
+    async def answer(self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits) -> Finish:
+        """Answer `messages` into `sink`; returns how the answer ended. Raises ApiError."""
+        try:
+            with trio.fail_after(limits.total_seconds):
+                await self._bridges.wait_ready(limits.person_wait_seconds)
+                await self._queue(lease, limits)
+                lease.admitted_at = trio.current_time()
+                return await self._attempt_all(lease, messages, sink, limits)
+        except trio.TooSlowError:
+            message = f"No answer within requests.total_timeout_seconds ({limits.total_seconds:g} s)."
+            raise ArenaError(message, status=504, code="timeout", may_retry=False) from None
+        finally:
+            self._pool.release(lease)
+
+    async def _queue(self, lease: Lease, limits: Limits) -> None:
+        """Wait for the model's token.
+
+        While that takes, a lost tab ends the wait as it would have before it.
+        """
+        if self._pool.acquire_nowait(lease):
+            return
+        refusal: Exception | None = None
+        try:
+            with trio.fail_after(limits.queue_seconds):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._watch_obstacles, limits.person_wait_seconds)
+                    await self._pool.acquire(lease)
+                    nursery.cancel_scope.cancel()
+        except* BridgeError as group:
+            refusal = group.exceptions[0]
+        except* trio.TooSlowError:
+            waited = f"All conversations of {lease.model.name} were busy for {limits.queue_seconds:g} s."
+            refusal = ArenaError(waited, status=429, code="queue_timeout", retry_after=5)
+        if refusal:
+            raise refusal
+
+    async def _watch_obstacles(self, person_wait_seconds: float) -> None:
+        while True:
+            await self._bridges.wait_ready(person_wait_seconds)
+            await self._bridges.wait_changed()
+
+    async def _attempt_all(
+        self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
+    ) -> Finish:
+        failures, pauses = 0, 0
+        patience_ends_at = math.inf
+        while True:
+            bridge = await self._choose(lease, limits)
+            lease.attempts += 1
+            try:
+                return await self._attempt(bridge, lease, messages, sink, limits)
+            except Setback as setback:
+                error, course = setback.error, setback.course
+            if not sink.restart():
+                error.may_retry = False
+                raise error
+            lease.first_byte_at = None
+            if course == "free":
+                pass
+            elif course == "pause":
+                patience_ends_at = min(patience_ends_at, trio.current_time() + self._pause_limit(limits))
+            else:
+                failures += 1
+            if course == "final" or failures >= limits.attempts or trio.current_time() > patience_ends_at:
+                raise error
+            if course != "free":
+                self._pool.give_back(lease)
+                await trio.sleep(self.PAUSES[min(pauses, len(self.PAUSES) - 1)])
+                pauses += 1
+
+    def _pause_limit(self, limits: Limits) -> float:
+        return min(limits.queue_seconds, self._config.bridge.reconnect_grace_seconds)
+
+    async def _choose(self, lease: Lease, limits: Limits) -> Bridge:
+        """Pick the bridge, and into the lease the session if there is one, whose account may send now."""
+        gives_up_at = trio.current_time() + limits.rate_limit_seconds
+        while True:
+            self._pool.give_back(lease)
+            await self._bridges.wait_ready(limits.person_wait_seconds)
+            accounts = self._bridges.accounts()
+            open_accounts = {account for account in accounts if self._bridges.gate(account).is_open}
+            if open_accounts:
+                session = None
+                if lease.source != "bootstrap":
+                    session = self._pool.take(lease, open_accounts)
+                bridge = self._bridges.least_busy({session.account} if session else open_accounts)
+                self._bridges.gate(bridge.account or "").enter(lease)
+                return bridge
+            gates = [self._bridges.gate(account) for account in accounts]
+            gate = min(gates, key=lambda each: each.seconds)
+            with trio.move_on_at(gives_up_at) as patience:
+                if trio.current_time() + gate.seconds <= gives_up_at:
+                    await gate.wait()
+                    continue
+            if patience.cancelled_caught or gate.seconds:
+                message = f"The site limits this account's requests; it takes more in {gate.seconds:.0f} s."
+                fields: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded", "arena_status": 429}
+                raise ArenaError(message, retry_after=gate.seconds, **fields)
+
+    async def _attempt(
+        self, bridge: Bridge, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
+    ) -> Finish:
+        """One exchange, from its request to the pool's bookkeeping. Raises Setback."""
+        session, gate = lease.session, self._bridges.gate(bridge.account or "")
+        account = bridge.account or ""
+        opened = (
+            None
+            if session
+            else Session(uuid7(), uuid7(), lease.model.id, account, lease.source, created_at=time.time())
+        )
+        try:
+            with trio.fail_after(limits.exchange_seconds):
+                finish = await self._exchange(bridge, lease, opened, messages, sink, limits)
+        except trio.TooSlowError:
+            message = f"The site did not finish within {limits.exchange_seconds:g} s."
+            raise Setback("final", ArenaError(message, status=504, code="timeout", may_retry=False)) from None
+        except Setback as setback:
+            if session and setback.course == "counts":
+                self._pool.note_failure(session, str(setback))
+            raise
+        finally:
+            gate.leave(lease)
+        if session:
+            self._pool.note_use(session)
+        elif opened:
+            # It exists at the site now: a cancellation here must not lose it. Bounded by the store's own
+            # timeout.
+            with trio.CancelScope(shield=True):
+                await self._pool.add(opened)
+        return finish
+
+    async def _exchange(
+        self,
+        bridge: Bridge,
+        lease: Lease,
+        opened: Session | None,
+        messages: Sequence[Message],
+        sink: Sink,
+        limits: Limits,
+    ) -> Finish:
+        """Send, read the head, and pump the body into the sink."""
+        arena, model, session = self._config.arena, lease.model, lease.session
+        if session:
+            path = arena.retry_path.format(session_id=session.session_id, message_id=session.message_id)
+            call = bridge.fetch("PUT", path, encode_retry(model, messages, session.session_id))
+        else:
+            assert opened is not None
+            body = encode_create(model, messages, opened.session_id, opened.message_id)
+            call = bridge.fetch("POST", arena.create_path, body)
+        with call as exchange:
+            try:
+                with trio.fail_after(limits.first_byte_seconds):
+                    head = await exchange.head()
+                    if head.status != 200:
+                        headers = {name.lower(): value for name, value in head.headers.items()}
+                        refusal = read_refusal(head.status, headers, await _read_reply(exchange))
+                        raise self._take_refusal(bridge, lease, refusal)
+                self._bridges.note_accepted(bridge)
+                return await self._pump(exchange, lease, sink, limits)
+            except ExchangeBroken as broken:
+                raise _tell_broken(broken) from None
+            except trio.TooSlowError:
+                message = f"The site sent nothing within {limits.first_byte_seconds:g} s."
+                raise Setback(
+                    "final", ArenaError(message, status=504, code="timeout", may_retry=False)
+                ) from None
+
+    def _take_refusal(self, bridge: Bridge, lease: Lease, refusal: Refusal) -> Setback:
+        """Draw the consequences of a refusal; the Setback says how the request goes on."""
+        setback = _tell_refusal(refusal)
+        if refusal.kind == "challenge":
+            self._bridges.note_challenge(bridge)
+        elif refusal.kind == "signed_out":
+            self._bridges.note_signed_out(bridge)
+        elif refusal.kind == "rate_limited":
+            self._bridges.note_rate_limit(bridge, refusal.retry_after_seconds)
+        elif refusal.kind == "gone" and lease.session:
+            self._pool.retire(lease.session, f"the site answered {refusal.status}")
+            setback.course = "free"
+        return setback
+
+    async def _pump(self, exchange: Exchange, lease: Lease, sink: Sink, limits: Limits) -> Finish:
+        """Decode the body into the sink as it arrives. Raises Setback when it ends without a good end."""
+        decoder = ArenaStreamDecoder()
+        while True:
+            patience_seconds = limits.idle_seconds if lease.first_byte_at else limits.first_byte_seconds
+            with trio.move_on_after(patience_seconds) as patience:
+                data = await exchange.receive()
+            if patience.cancelled_caught:
+                message = f"The site fell silent for {patience_seconds:g} s."
+                raise Setback("final", ArenaError(message, status=504, code="timeout", may_retry=False))
+            try:
+                events = decoder.feed(data) if data else decoder.finish()
+            except StreamError as error:
+                raise Setback("final", ArenaError(f"The site's answer cannot be read: {error}.")) from None
+            last = events.pop() if decoder.is_finished and events else None
+            if events:
+                lease.first_byte_at = lease.first_byte_at or trio.current_time()
+                await sink.deliver(events)
+            if isinstance(last, Finish) and last.reason != "error":
+                if (
+                    not lease.first_byte_at
+                    and lease.source != "bootstrap"
+                    and last.reason != "content-filter"
+                ):
+                    raise Setback("counts", ArenaError("The site's answer was empty."))
+                await _read_rest(exchange)
+                return last
+            if last is not None:
+                reason = last.message if isinstance(last, Failure) else "its answer ended with an error"
+                raise Setback("counts", ArenaError(f"The site reported an error: {reason}", reply=reason))
+            if not data:
+                raise Setback("counts", ArenaError("The site's answer was cut off."))
+
+
+def _tell_broken(broken: ExchangeBroken) -> Setback:
+    """A lost tab is waited for; a navigation or a network failure for a while; the rest is final."""
+    course: Any = {"lost": "free", "aborted": "pause", "network": "pause"}.get(broken.reason, "final")
+    return Setback(course, ArenaError(f"The answer broke off in the tab: {broken}."))
+
+
+async def _read_reply(exchange: Exchange, limit_bytes: int = 1 << 16) -> bytes:
+    """The body of a refusal, as far as it is worth keeping."""
+    reply = b""
+    while len(reply) < limit_bytes and (data := await exchange.receive()):
+        reply += data
+    return reply[:limit_bytes]
+
+
+async def _read_rest(exchange: Exchange) -> None:
+    """Let the response end by itself after its last line: a finished answer need not be aborted."""
+    with trio.move_on_after(2):
+        while await exchange.receive():
+            pass
+
+
+# ==========================================================================================================
+# Console
+# ==========================================================================================================
+#
+# What the person sees. On a terminal the bottom lines are live; otherwise everything is plain lines.
+
+PROMPT = "按回车键继续"
+
+_LEVEL_STYLES = {
+    logging.DEBUG: "dim",
+    logging.WARNING: "yellow",
+    logging.ERROR: "red",
+    logging.CRITICAL: "bold red",
+}
+_EVENT_STYLES: dict[type[Event], str] = {
+    SessionOpened: "green",
+    RequestEnded: "dim",
+    PhaseChanged: "bold cyan",
+}
+
+
+class ConsoleHandler(logging.Handler):
+    """Shows log records: one line each, and the whole story of a model that is skipped."""
+
+    def __init__(self, screen: RichConsole) -> None:
+        super().__init__()
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = getattr(record, "event", None)
+        style = _LEVEL_STYLES.get(record.levelno) or _EVENT_STYLES.get(type(event), "")  # type: ignore[arg-type]
+        if isinstance(event, ModelSkipped):
+            self._show_skipped(event)
+        line = RichText(f"{datetime.now():%H:%M:%S} ", style="dim")
+        self._screen.print(line.append(record.getMessage(), style=style), soft_wrap=True)
+        if record.exc_info and record.exc_info[1] and not isinstance(event, ModelSkipped):
+            self._show_traceback(record.exc_info[1])
+
+    def _show_traceback(self, error: BaseException) -> None:
+        # No local variables: they hold conversations.
+        trace = Traceback.from_exception(
+            type(error), error, error.__traceback__, width=110, show_locals=False
+        )
+        self._screen.print(trace)
+
+    def _show_skipped(self, event: ModelSkipped) -> None:
+        self._show_traceback(event.error)
+        if event.arena_status:
+            self._screen.print(
+                RichText(f"The site answered {event.arena_status} for {event.model}:", style="red")
+            )
+        if event.reply:
+            self._screen.print(RichText(event.reply.rstrip()), soft_wrap=True)
+
+
+class Console:
+    """The person's terminal: banner, countdown, question, progress and summary."""
+
+    def __init__(self, screen: RichConsole, *, can_ask: bool) -> None:
+        """`can_ask`: whether there is a person at the keyboard."""
+        self.screen = screen
+        self.can_ask = can_ask
+
+    def say(self, text: str, style: str = "") -> None:
+        self.screen.print(RichText(text, style=style), soft_wrap=True)
+
+    def banner(self, api_url: str, bridge_url: str, models: int, sessions: int, notice: str) -> None:
+        self.say(f"lmarena_proxy {VERSION}", "bold")
+        if notice:
+            self.say(f"  {notice}", "bold yellow reverse")
+        for label, value in (
+            ("API", f"{api_url}/v1"),
+            ("state", f"{api_url}/api/state"),
+            ("userscript", f"{api_url}/bridge.user.js  (open it in the browser once to install)"),
+            ("bridge", bridge_url),
+            ("models", f"{models}, with {sessions} conversations in the store"),
+        ):
+            self.say(f"  {label:<11}{value}")
+        self.say(
+            "Waiting for an LMArena tab: open https://lmarena.ai in the browser that has the userscript."
+        )
+
+    @asynccontextmanager
+    async def live(self, render: Callable[[], Any]) -> AsyncIterator[None]:
+        """Keep what `render` returns at the bottom of a terminal; elsewhere show nothing."""
+        if not self.screen.is_terminal:
+            yield
+            return
+        with Live(render(), console=self.screen, auto_refresh=False, transient=True) as display:
+            async with trio.open_nursery() as nursery:
+
+                async def refresh() -> None:
+                    while True:
+                        display.update(render(), refresh=True)
+                        await trio.sleep(0.25)
+
+                nursery.start_soon(refresh)
+                yield
+                nursery.cancel_scope.cancel()
+
+    def restore(self) -> None:
+        """Leave the terminal as it was found, also in the middle of a live display."""
+        self.screen.show_cursor(True)
+
+    async def wait_for_enter(self) -> None:
+        """Ask for Enter and wait for it."""
+        self.say(PROMPT, "bold reverse" if self.screen.is_terminal else "")
+        if sys.platform == "win32":
+            # A console handle cannot be waited for; an abandoned thread ends with the process.
+            await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+            return
+        await trio.lowlevel.wait_readable(sys.stdin.fileno())
+        os.read(sys.stdin.fileno(), 4096)
+
+    def summary(self, rows: Sequence[tuple[str, int, str, str]]) -> None:
+        """Rows of model, sessions, state (`ready`, `partial`, `skipped`, `on demand`) and why."""
+        counts = Counter(state for _, _, state, _ in rows)
+        self.say(
+            "Models: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())), "bold"
+        )
+        table = Table("model", "sessions", "state", "why", title="Bootstrap")
+        for name, sessions, state, why in rows:
+            table.add_row(escape(name), str(sessions), state, escape(why))
+        self.screen.print(table)
+
+
+# ==========================================================================================================
+# Bootstrap
+# ==========================================================================================================
+#
+# Theory. One supervisor asks the question once and runs what is started. A run opens, breadth first, what
+# each model lacks: the first conversation of every model, then the second, so that an interrupted run leaves
+# something for all and a model that fails costs one call. Each opening holds a place of the global limiter,
+# then a token of its model: in that order, so that openings that wait for a place never keep a request from
+# its token. The relay does the rest: it waits for readiness and at the account's gate, for as long as that
+# takes here. A failure skips the model: nothing more is begun for it, what is under way may finish. Start and
+# abort come from the console or the API alike.
+
+Phase = Literal["waiting_for_browser", "settling", "confirm", "running", "done", "aborted", "skipped"]
+
+PHASES: dict[tuple[Phase, str], Phase] = {
+    ("waiting_for_browser", "ready"): "settling",
+    ("waiting_for_browser", "skip"): "skipped",
+    ("waiting_for_browser", "start"): "running",
+    ("settling", "lost"): "waiting_for_browser",
+    ("settling", "ask"): "confirm",
+    ("settling", "start"): "running",
+    ("settling", "skip"): "skipped",
+    ("settling", "finish"): "done",
+    ("confirm", "start"): "running",
+    ("confirm", "skip"): "skipped",
+    ("running", "finish"): "done",
+    ("running", "abort"): "aborted",
+    ("done", "start"): "running",
+    ("aborted", "start"): "running",
+    ("skipped", "start"): "running",
+}
+
+
+class Bootstrap:
+    """Opens the conversations that the store lacks, once the person says so."""
+
+    def __init__(
+        self,
+        config: Config,
+        pool: SessionPool,
+        bridges: Bridges,
+        relay: Relay,
+        console: Console,
+        bus: EventBus,
+    ) -> None:
+        self._config, self._pool, self._bridges, self._relay = config, pool, bridges, relay
+        self._console, self._bus = console, bus
+        self.phase: Phase = "waiting_for_browser"
+        self.opened = self.planned = 0
+        self.skipped: dict[str, ModelSkipped] = {}
+        self.is_confirmed = False
+        self._opening: Counter[str] = Counter()
+        self._settled_at = math.inf
+        # What start, skip and abort cancel: the question or the run, whichever is on.
+        self._scope: trio.CancelScope | None = None
+        self._is_start_wanted = False
+        self._abort_reason = ""
+        self._started = trio.Event()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Bootstrap {self.phase}: {self.opened} of {self.planned} opened, {len(self.skipped)} skipped>"
+        )
+
+    def _go(self, event: str, detail: str = "") -> None:
+        phase = PHASES.get((self.phase, event))
+        if phase is None:
+            raise RuntimeError(f"bootstrap is {self.phase}: {event!r} cannot happen")
+        self.phase = phase
+        self._bus.publish(PhaseChanged(phase, detail))
+
+    def start(self) -> bool:
+        """The person wants it: answers the question, or begins a run when none is asked.
+
+        False while one runs.
+        """
+        if self.phase == "running":
+            return False
+        self._is_start_wanted = True
+        self._started.set()
+        if self._scope:
+            self._scope.cancel()
+        return True
+
+    def abort(self, reason: str = "interrupted") -> bool:
+        """Stop the run, or skip the question. False when there is neither."""
+        if self.phase not in ("running", "confirm") or self._scope is None:
+            return False
+        self._abort_reason = reason
+        self._scope.cancel()
+        return True
+
+    async def supervise(self) -> None:
+        """Ask once, then run whatever is started, for as long as the program lives."""
+        with trio.CancelScope() as self._scope:
+            await self._ask()
+        while True:
+            self._scope = None
+            if not self._is_start_wanted and self.phase in ("confirm", "settling"):
+                self._go("skip", self._abort_reason)
+            await self._started.wait()
+            self._started, self._is_start_wanted = trio.Event(), False
+            await self._run()
+
+    async def _ask(self) -> None:
+        """Steps 2 to 4 of the start: until it is started or skipped, or there is nothing to open."""
+        if not self._config.bootstrap.enabled:
+            self._go("skip", "bootstrap.enabled is false")
+            return
+        await self._settle()
+        if not self._announce_plan():
+            self._go("finish", "every model has its conversations")
+        elif self.is_confirmed:
+            self.start()
+        elif not self._console.can_ask:
+            hint = 'POST /api/bootstrap {"action":"start"} begins it, --yes answers the question'
+            self._go("skip", f"there is no terminal to ask at; {hint}")
+        else:
+            self._go("ask")
+            await self._console.wait_for_enter()
+            self.start()
+
+    async def _settle(self) -> None:
+        """Wait until a tab has been ready for `settle_seconds` on end."""
+        while True:
+            await self._bridges.wait_ready(math.inf)
+            self._settled_at = trio.current_time() + self._config.bootstrap.settle_seconds
+            self._go("ready", f"{self._config.bootstrap.settle_seconds:g} s")
+            async with self._console.live(self._render_countdown):
+                with trio.move_on_at(self._settled_at):
+                    while self._bridges.obstacle() is None:
+                        await self._bridges.wait_changed()
+            if self._bridges.obstacle() is None:
+                return
+            self._go("lost", "the tab is not ready any more")
+
+    def _render_countdown(self) -> RichText:
+        return RichText(
+            f"The tab is ready; settling for {max(0, self._settled_at - trio.current_time()):.0f} s"
+        )
+
+    def _plan(self) -> list[tuple[Model, int]]:
+        """What is to be opened: models and how many conversations each lacks."""
+        models = [model for model in self._pool.catalog if not model.requires_image]
+        return [(model, missing) for model in models if (missing := self._pool.missing(model))]
+
+    def _announce_plan(self) -> int:
+        plan = self._plan()
+        planned = sum(missing for _, missing in plan)
+        stored = sum(len(pool.sessions) for pool in self._pool)
+        on_demand = sum(model.requires_image for model in self._pool.catalog)
+        self._console.say(
+            f"Plan: {planned} conversations for {len(plan)} of {len(self._pool.catalog)} models; "
+            f"{stored} are in the store; {on_demand} models work on an image and open on demand."
+        )
+        return planned
+
+    async def _run(self) -> None:
+        """Step 5 to 7: open, skip what fails, sum up."""
+        self._go("start")
+        self.opened = self.planned = 0
+        self.skipped.clear()
+        self._abort_reason = ""
+        with trio.CancelScope() as self._scope:
+            await self._bridges.wait_ready(math.inf)
+            plan = self._plan()
+            self.planned = sum(missing for _, missing in plan)
+            progress = self._progress()
+            async with self._console.live(lambda: self._render(progress)):
+                await self._fan_out(plan)
+        was_aborted = self._scope.cancelled_caught
+        detail = f"{self.opened} of {self.planned} opened"
+        self._go("abort" if was_aborted else "finish", f"{detail}, {self._abort_reason}".rstrip(", "))
+        self._console.summary([*self._sum_up()])
+
+    async def _fan_out(self, plan: Sequence[tuple[Model, int]]) -> None:
+        limiter = trio.CapacityLimiter(self._config.bootstrap.concurrency)
+        rounds = max((missing for _, missing in plan), default=0)
+        async with trio.open_nursery() as nursery:
+            for number in range(rounds):
+                for model in [model for model, missing in plan if missing > number]:
+                    lease = Lease(f"bootstrap-{uuid7()}", model, "bootstrap")
+                    await limiter.acquire_on_behalf_of(lease)
+                    nursery.start_soon(self._open, lease, limiter)
+
+    async def _open(self, lease: Lease, limiter: trio.CapacityLimiter) -> None:
+        """Open one conversation, unless that has become needless."""
+        model, settings = lease.model, self._config.bootstrap
+        limits = Limits(
+            queue_seconds=math.inf,
+            rate_limit_seconds=settings.max_rate_limit_wait_seconds,
+            first_byte_seconds=settings.timeout_seconds,
+            idle_seconds=settings.timeout_seconds,
+            exchange_seconds=settings.timeout_seconds,
+            total_seconds=math.inf,
+            person_wait_seconds=math.inf,
+            attempts=1,
+        )
+        try:
+            if model.id in self.skipped or self._pool.missing(model) <= self._opening[model.id]:
+                return
+            self._opening[model.id] += 1
+            try:
+                await self._relay.answer(lease, [Message("user", settings.message)], Discard(), limits)
+            finally:
+                self._opening[model.id] -= 1
+            self.opened += 1
+        except ApiError as error:
+            if error.error_code == "rate_limit_exceeded":
+                self.abort(error.message)
+            else:
+                self._skip(model, error)
+        except Exception as error:
+            self._skip(model, error)
+        finally:
+            limiter.release_on_behalf_of(lease)
+
+    def _skip(self, model: Model, error: Exception) -> None:
+        if model.id in self.skipped:
+            log.warning("%s failed again: %s", model.name, error)
+            return
+        arena_status = error.arena_status if isinstance(error, ArenaError) else 0
+        reply = error.reply if isinstance(error, ArenaError) else ""
+        event = ModelSkipped(model.name, model.id, str(error) or repr(error), arena_status, reply, error)
+        self.skipped[model.id] = event
+        self._bus.publish(event)
+
+    def _progress(self) -> Progress:
+        columns = (
+            TextColumn("Opening conversations"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        progress = Progress(*columns, TextColumn("{task.fields[note]}", style="red"), auto_refresh=False)
+        progress.add_task("", total=self.planned, note="")
+        return progress
+
+    def _render(self, progress: Progress) -> Progress:
+        obstacle = self._bridges.obstacle()
+        skipped = f"{len(self.skipped)} models skipped" if self.skipped else ""
+        note = f"paused: {obstacle.advice}" if obstacle else skipped
+        progress.update(progress.task_ids[0], completed=self.opened, note=escape(note))
+        return progress
+
+    def _sum_up(self) -> Iterator[tuple[str, int, str, str]]:
+        for pool in self._pool:
+            skipped = self.skipped.get(pool.model.id)
+            sessions = pool.usable(self._bridges.accounts()) or len(pool.sessions)
+            why = skipped.reason if skipped else ""
+            if sessions >= self._config.pool.sessions_per_model:
+                state = "ready"
+            elif pool.model.requires_image:
+                state, why = "on demand", "opens with the first request that carries an image"
+            else:
+                state = "skipped" if skipped and not sessions else "partial" if sessions else "not opened"
+            yield pool.model.name, sessions, state, why
+
+    def snapshot(self) -> dict[str, object]:
+        """The `bootstrap` part of /api/state."""
+        skipped = [
+            {"model": event.model, "model_id": event.model_id, "reason": event.reason}
+            for event in self.skipped.values()
+        ]
+        return {"phase": self.phase, "opened": self.opened, "planned": self.planned, "skipped": skipped}
+
+
+# ==========================================================================================================
+# HTTP API
+# ==========================================================================================================
+#
+# Quart serves everything but the answers themselves. A chat answer is written straight to the ASGI
+# connection, from the task that reads the bridge: it may wait minutes for its first byte, must notice a
+# client that leaves at any moment, and is where the cost of a chunk is. `ApiConnection` is where both meet:
+# it admits a request (host, key, origin), gives it its id, and renders its error, if nothing has been sent
+# yet.
+#
+# One nursery a chat request: the task that answers, and one that attends to the client (keep-alives, its
+# leaving).
+
+ASGIReceive = Callable[[], Awaitable[Any]]
+ASGISend = Callable[[Any], Awaitable[None]]
+BODY_TIMEOUT_SECONDS = 60
+
+
+class HttpRequest:
+    """What the program needs of one HTTP request, and the way to answer it."""
+
+    def __init__(self, scope: Any, receive: ASGIReceive, send: ASGISend) -> None:
+        self.id = f"req_{uuid.uuid4().hex}"
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.headers: dict[str, str] = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        self.client: tuple[str, int] | None = scope.get("client")
+        self.receive = receive
+        self.has_started = False
+        self.has_ended = False
+        self._send = send
+        # Sent with every response to this request, whoever renders it.
+        self.extra_headers: dict[str, str] = {"x-request-id": self.id}
+
+    async def send(self, message: Any) -> None:
+        """An ASGI send that adds the headers every response has."""
+        if message["type"] == "http.response.start":
+            self.has_started = True
+            extra = [(name.encode(), value.encode("latin-1")) for name, value in self.extra_headers.items()]
+            message = {**message, "headers": [*message["headers"], *extra]}
+        elif not message.get("more_body"):
+            self.has_ended = True
+        await self._send(message)
+
+    async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        raw.append((b"content-length", str(len(body)).encode()))
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def respond_error(self, error: ApiError) -> None:
+        """The one place where an error is rendered before the first byte."""
+        headers = {"content-type": "application/json"}
+        if error.retry_after is not None:
+            headers["retry-after"] = str(error.retry_after)
+        if not error.may_retry:
+            headers["x-should-retry"] = "false"
+        await self.respond(error.http_status, _encode_json(error_object(error, self.id)), headers)
+
+    async def read_body(self, limit_bytes: int) -> bytes:
+        """The whole body. Raises ClientError when it is too large or too slow."""
+        too_large = ClientError(
+            f"The body is larger than server.max_body_mb ({limit_bytes >> 20} MiB).",
+            status=413,
+            code="request_too_large",
+        )
+        announced = self.headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > limit_bytes:
+            raise too_large
+        parts, size = [], 0
+        with trio.move_on_after(BODY_TIMEOUT_SECONDS) as patience:
+            while True:
+                message = await self.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > limit_bytes:
+                    raise too_large
+                if not message.get("more_body"):
+                    break
+        if patience.cancelled_caught:
+            raise ClientError(
+                f"The body did not arrive within {BODY_TIMEOUT_SECONDS} s.", status=408, code="timeout"
+            )
+        return b"".join(parts)
+
+
+class ClientLeft(Exception):
+    """The client closed its connection; nobody is left to be told."""
+
+
+class Reply:
+    """An answer on its way to a client: the sink of its events, and what is kept of them."""
+
+    def __init__(self, http: HttpRequest, model: str) -> None:
+        self.http, self.model = http, model
+        self.answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.texts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    async def attend(self, request_scope: trio.CancelScope) -> None:
+        """Wait for the client to leave, and then end the request."""
+        while (await self.http.receive())["type"] != "http.disconnect":
+            pass
+        if not self.http.has_ended:
+            request_scope.cancel()
+
+    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
+        raise NotImplementedError
+
+    def restart(self) -> bool:
+        """Forget what was delivered, for another attempt. False when the client has it already."""
+        raise NotImplementedError
+
+    async def finish(self, finish: Finish, usage: Usage) -> None:
+        raise NotImplementedError
+
+    async def fail(self, error: ApiError) -> None:
+        raise NotImplementedError
+
+
+class WholeReply(Reply):
+    """One JSON object at the end."""
+
+    def __init__(self, http: HttpRequest, model: str) -> None:
+        super().__init__(http, model)
+        self._reasoning: list[str] = []
+        self._sources: list[Source] = []
+
+    def restart(self) -> bool:
+        self.texts.clear()
+        self._reasoning.clear()
+        self._sources.clear()
+        return True
+
+    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
+        for event in events:
+            match event:
+                case Text(text):
+                    self.texts.append(text)
+                case Reasoning(text):
+                    self._reasoning.append(text)
+                case Media():
+                    self.texts.append(media_markdown(event))
+                case Source():
+                    self._sources.append(event)
+
+    async def finish(self, finish: Finish, usage: Usage) -> None:
+        message: dict[str, object] = {"role": "assistant", "content": self.text, "refusal": None}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
+        if self._sources:
+            message["annotations"] = [citation(source) for source in self._sources]
+        reason = finish_reason(finish)
+        body = encode_completion(self.answer_id, self.model, self.created, message, reason, usage)
+        await self.http.respond(200, body, {"content-type": "application/json"})
+
+    async def fail(self, error: ApiError) -> None:
+        await self.http.respond_error(error)
+
+
+class StreamedReply(Reply):
+    """Server-sent events.
+
+    The status line is held until the answer begins or `commit_after_seconds` are over.
+    """
+
+    HEADERS = (
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-store"),
+        (b"x-accel-buffering", b"no"),
+    )
+
+    def __init__(self, http: HttpRequest, model: str, settings: RequestsConfig, include_usage: bool) -> None:
+        super().__init__(http, model)
+        self._settings, self._include_usage = settings, include_usage
+        self._encoder = ChunkEncoder(self.answer_id, model, self.created)
+        self._has_content = False
+        self._written_at = trio.current_time()
+        # The answering and the attending task both write; a response must have started before its body.
+        self._turn = trio.Lock()
+
+    def restart(self) -> bool:
+        return not self._has_content
+
+    async def attend(self, request_scope: trio.CancelScope) -> None:
+        """Also commits to a status, and keeps a quiet stream alive."""
+        due_at = self._written_at + self._settings.commit_after_seconds
+        while True:
+            with trio.move_on_at(due_at) as timer:
+                await super().attend(request_scope)
+                return
+            assert timer.cancelled_caught
+            due_at = self._written_at + self._settings.keepalive_seconds
+            if not self.http.has_started:
+                await self._write(b"")
+            elif trio.current_time() >= due_at:
+                await self._write(self._keepalive())
+            due_at = self._written_at + self._settings.keepalive_seconds
+
+    def _keepalive(self) -> bytes:
+        # Some watchdogs count chunks and not comments; some naive clients choke on comments.
+        kinds = {"chunk": self._encoder.delta({"content": ""}), "comment": SSE_COMMENT, "off": b""}
+        return kinds[self._settings.keepalive]
+
+    async def _write(self, data: bytes, *, is_last: bool = False) -> None:
+        self._written_at = trio.current_time()
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
+            if not self.http.has_started:
+                await self.http.send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+                data = self._encoder.delta({"role": "assistant", "content": ""}) + data
+            await self.http.send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        finally:
+            self._turn.release()
+
+    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
+        self._has_content = True
+        await self._write(b"".join([self._encode(event) for event in events]))
+
+    def _encode(self, event: AnswerEvent) -> bytes:
+        match event:
+            case Text(text):
+                self.texts.append(text)
+                return self._encoder.text(text)
+            case Reasoning(text):
+                return self._encoder.delta({"reasoning_content": text})
+            case Media():
+                self.texts.append(media_markdown(event))
+                return self._encoder.text(self.texts[-1])
+            case Source():
+                return self._encoder.delta({"annotations": [citation(event)]})
+            case _:
+                return b""
+
+    async def finish(self, finish: Finish, usage: Usage) -> None:
+        last = self._encoder.usage(usage) if self._include_usage else b""
+        await self._write(self._encoder.finish(finish_reason(finish)) + last + SSE_DONE, is_last=True)
+
+    async def fail(self, error: ApiError) -> None:
+        if not self.http.has_started:
+            await self.http.respond_error(error)
+        else:
+            # The one place where an error is rendered after the first byte.
+            event = b"data: " + _encode_json(error_object(error, self.http.id)) + b"\n\n"
+            await self._write(event + SSE_DONE, is_last=True)
+
+
+def _for_log(message: Message) -> dict[str, object]:
+    # Attachments are data: URLs; only their names are kept.
+    names = [attachment.name for attachment in message.attachments]
+    return {"role": message.role, "content": message.content, "attachments": names}
+
+
+class Chat:
+    """POST /v1/chat/completions."""
+
+    def __init__(self, config: Config, pool: SessionPool, relay: Relay, bus: EventBus) -> None:
+        self._config, self._pool, self._relay, self._bus = config, pool, relay, bus
+        self._running: dict[str, trio.CancelScope] = {}
+        self._idle = trio.Event()
+        self._is_draining = False
+        self.completed = self.failed = 0
+
+    @property
+    def active(self) -> int:
+        return len(self._running)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Take no new requests, give running ones this long, then end them with an error."""
+        self._is_draining = True
+        for seconds in (grace_seconds, 1.0):
+            with trio.move_on_after(seconds):
+                while self._running:
+                    await self._idle.wait()
+            for scope in self._running.values():
+                scope.cancel()
+
+    async def answer(self, http: HttpRequest) -> None:
+        """Answer one request. Raises ApiError for what can be told before an answer is tried."""
+        received_at = time.time()
+        body = await http.read_body(self._config.server.max_body_mb << 20)
+        chat, ignored = decode_chat_request(body)
+        messages = read_messages(chat)
+        model = self._pool.catalog.resolve(chat.model, sum(len(message.attachments) for message in messages))
+        if self._is_draining:
+            raise BridgeError("The program is shutting down.", code="shutting_down", retry_after=5)
+        if ignored:
+            http.extra_headers["x-ignored-parameters"] = ", ".join(ignored)
+        settings = self._config.requests
+        reply: Reply = WholeReply(http, chat.model)
+        if chat.stream:
+            include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+            reply = StreamedReply(http, chat.model, settings, include_usage)
+        lease = Lease(http.id, model)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reply.attend, nursery.cancel_scope)
+            await self._carry_out(lease, messages, reply, received_at)
+            nursery.cancel_scope.cancel()
+
+    async def _carry_out(
+        self, lease: Lease, messages: Sequence[Message], reply: Reply, received_at: float
+    ) -> None:
+        status, outcome, usage = 499, "client_left", None
+        try:
+            with self._noted_as_running(lease) as scope:
+                finish = await self._relay.answer(lease, messages, reply, self._limits())
+                usage = count_usage(finish, messages, reply.text)
+                await reply.finish(finish, usage)
+                status, outcome = 200, finish_reason(finish)
+            if scope.cancelled_caught:
+                raise BridgeError("The program is shutting down.", code="shutting_down", may_retry=False)
+        except ApiError as error:
+            status, outcome = error.http_status, error.error_code
+            await reply.fail(error)
+        except Exception:
+            status, outcome = 500, "internal_error"
+            log.exception("Request %s met an error in the program", reply.http.id)
+            await reply.fail(ApiError("The program has an error; its log has the whole story."))
+        finally:
+            self._note_ended(lease, messages, reply, received_at, status, outcome, usage)
+
+    def _limits(self) -> Limits:
+        settings = self._config.requests
+        return Limits(
+            queue_seconds=settings.queue_timeout_seconds,
+            rate_limit_seconds=settings.queue_timeout_seconds,
+            first_byte_seconds=settings.first_byte_timeout_seconds,
+            idle_seconds=settings.idle_timeout_seconds,
+            exchange_seconds=math.inf,
+            total_seconds=settings.total_timeout_seconds,
+            person_wait_seconds=settings.person_wait_seconds,
+            attempts=3,
+        )
+
+    @contextmanager
+    def _noted_as_running(self, lease: Lease) -> Iterator[trio.CancelScope]:
+        with trio.CancelScope() as scope:
+            self._running[lease.request_id] = scope
+            try:
+                yield scope
+            finally:
+                del self._running[lease.request_id]
+                if not self._running:
+                    self._idle.set()
+                    self._idle = trio.Event()
+
+    def _note_ended(
+        self,
+        lease: Lease,
+        messages: Sequence[Message],
+        reply: Reply,
+        received_at: float,
+        status: int,
+        outcome: str,
+        usage: Usage | None,
+    ) -> None:
+        """Count it and tell of it."""
+        now = trio.current_time()
+        self.completed += status == 200
+        self.failed += status not in (200, 499)
+        has_contents = self._config.log.contents
+        self._bus.publish(
+            RequestEnded(
+                request_id=lease.request_id,
+                created_at=received_at,
+                model=reply.model,
+                model_id=lease.model.id,
+                is_stream=isinstance(reply, StreamedReply),
+                status=status,
+                outcome=outcome,
+                session_id=lease.last_session_id,
+                attempts=lease.attempts,
+                queued_seconds=(lease.admitted_at or now) - lease.started_at,
+                first_byte_seconds=lease.first_byte_at - lease.started_at if lease.first_byte_at else None,
+                total_seconds=now - lease.started_at,
+                prompt_tokens=usage.prompt_tokens if usage else None,
+                completion_tokens=usage.completion_tokens if usage else None,
+                messages=_encode_json([*map(_for_log, messages)]).decode() if has_contents else None,
+                answer=reply.text if has_contents else None,
+            )
+        )
+
+
+class Admission:
+    """Who may call: the host that was asked for, the key, the origin."""
+
+    GUARDED = ("/v1", "/api", "/metrics")
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+
+    def check(self, http: HttpRequest) -> None:
+        """Raises ClientError for a request that may not be served; adds the CORS headers of one that may."""
+        host = http.headers.get("host", "")
+        if not self._is_own_host(host):
+            message = f"This server does not answer to the name {host!r} (server.allowed_hosts)."
+            raise ClientError(message, status=421, code="misdirected_request")
+        origin = http.headers.get("origin")
+        if origin is not None and self._is_allowed_origin(origin):
+            http.extra_headers |= {
+                "access-control-allow-origin": origin,
+                "access-control-expose-headers": "x-request-id, retry-after, x-ignored-parameters",
+                "vary": "origin",
+            }
+        elif origin is not None and urlsplit(origin).netloc != host and self._changes_state(http):
+            raise ClientError(f"Calls from {origin} are not allowed.", status=403, code="origin_not_allowed")
+        if http.method != "OPTIONS" and http.path.startswith(self.GUARDED):
+            self._check_key(http.headers.get("authorization", ""))
+
+    def _changes_state(self, http: HttpRequest) -> bool:
+        return http.path.startswith("/api/") and http.method not in ("GET", "HEAD", "OPTIONS")
+
+    def _is_own_host(self, host: str) -> bool:
+        name = (urlsplit(f"//{host}").hostname or "").lower()
+        allowed = {self._config.host.lower(), *(each.lower() for each in self._config.allowed_hosts)}
+        return name in LOOPBACK_HOSTS or name in allowed or host.lower() in allowed
+
+    def _is_allowed_origin(self, origin: str) -> bool:
+        return origin in self._config.cors_origins or "*" in self._config.cors_origins
+
+    def _check_key(self, authorization: str) -> None:
+        expected = self._config.api_key
+        given = authorization.removeprefix("Bearer ").strip()
+        if expected and not hmac.compare_digest(given.encode(), expected.encode()):
+            raise ClientError("The API key is missing or wrong.", status=401, code="invalid_api_key")
+
+    def preflight(self, http: HttpRequest) -> dict[str, str]:
+        """The headers that answer an OPTIONS request: permission where the origin is allowed, else none."""
+        if "access-control-allow-origin" not in http.extra_headers:
+            return {}
+        return {
+            "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+            "access-control-allow-headers": http.headers.get("access-control-request-headers", "*"),
+            "access-control-max-age": "600",
+        }
+
+
+class ApiApp(QuartTrio):
+    """The Quart application, with what `ApiConnection` needs."""
+
+    admission: Admission
+    chat: Chat
+
+
+class ApiConnection(TrioASGIHTTPConnection):
+    """One HTTP request: admitted, then answered by Quart or, for chat, by `Chat` itself."""
+
+    app: ApiApp
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        http = HttpRequest(self.scope, receive, send)
+        try:
+            self.app.admission.check(http)
+            if http.method == "OPTIONS":
+                await http.respond(204, b"", self.app.admission.preflight(http))
+            elif http.path == "/v1/chat/completions" and http.method == "POST":
+                await self.app.chat.answer(http)
+            else:
+                self.scope["lmarena_proxy.request"] = http  # type: ignore[typeddict-unknown-key]
+                await super().__call__(receive, http.send)
+        except ApiError as error:
+            await http.respond_error(error)
+        except ClientLeft:
+            log.debug("%s: the client left", http.id)
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(_encode_json(value), status, content_type="application/json")
+
+
+class Api:
+    """The HTTP surface: routes, and the server under them."""
+
+    def __init__(
+        self, config: Config, pool: SessionPool, bridges: Bridges, bootstrap: Bootstrap, chat: Chat
+    ) -> None:
+        self._config, self._pool, self._bridges, self._bootstrap = config, pool, bridges, bootstrap
+        self.chat = chat
+        self.bridge_url = ""
+        self.url = ""
+        self._started_at = time.time()
+        self._app = self._build()
+
+    async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen for clients; `started` with the URL. Raises OSError when the port cannot be had."""
+        server = hypercorn.config.Config()
+        host = (
+            f"[{self._config.server.host}]" if ":" in self._config.server.host else self._config.server.host
+        )
+        server.bind = [f"{host}:{self._config.server.port}"]
+        server.backlog = 1024
+        server.keep_alive_timeout = 75
+        server.graceful_timeout = 1
+        server.h11_max_incomplete_size = 1 << 16
+        server.include_server_header = False
+        server.errorlog = logging.getLogger("lmarena_proxy.http")
+        server.errorlog.setLevel(logging.WARNING)
+        async with trio.open_nursery() as nursery:
+            [url] = await nursery.start(hypercorn.trio.serve, self._app, server)
+            self.url = url
+            task_status.started(url)
+
+    def _build(self) -> ApiApp:
+        app = ApiApp("lmarena_proxy", static_folder=None)
+        app.asgi_http_class = ApiConnection
+        app.admission, app.chat = Admission(self._config.server), self.chat
+        # Quart's own limits end a stream silently after 60 s, and cap bodies at 16 MB.
+        app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=self._config.server.max_body_mb << 20)
+        app.errorhandler(Exception)(self._tell_error)
+        for rule, method, view in (
+            ("/", "GET", self._index),
+            ("/health", "GET", self._health),
+            ("/ready", "GET", self._ready),
+            ("/bridge.user.js", "GET", self._userscript),
+            ("/v1/models", "GET", self._models),
+            ("/v1/models/<path:name>", "GET", self._model),
+            ("/api/state", "GET", self._state),
+            ("/api/bootstrap", "POST", self._control_bootstrap),
+            ("/api/models/refresh", "POST", self._refresh_models),
+            ("/api/sessions/<session_id>", "DELETE", self._delete_session),
+        ):
+            app.add_url_rule(rule, view.__name__, view, methods=[method])
+        return app
+
+    async def _tell_error(self, error: Exception) -> Response:
+        """Errors inside Quart go the way of all others: through `HttpRequest.respond_error`'s renderer."""
+        if isinstance(error, HTTPException):
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.code or 500, "invalid_request")
+            description = f"{error.name}: {request.method} {request.path}."
+            error = ClientError(description, status=error.code or 500, code=code)
+        elif not isinstance(error, ApiError):
+            log.error("A page met an error in the program", exc_info=error)
+            error = ApiError("The program has an error; its log has the whole story.")
+        http: HttpRequest = request.scope["lmarena_proxy.request"]  # type: ignore[typeddict-item]
+        response = _json(error_object(error, http.id), error.http_status)
+        if error.retry_after is not None:
+            response.headers["retry-after"] = str(error.retry_after)
+        return response
+
+    async def _index(self) -> Response:
+        lines = (
+            f"lmarena_proxy {VERSION}",
+            "",
+            f"OpenAI base URL   {self.url}/v1",
+            f"state             {self.url}/api/state",
+            f"userscript        {self.url}/bridge.user.js",
+        )
+        return Response("\n".join(lines) + "\n", content_type="text/plain; charset=utf-8")
+
+    async def _health(self) -> Response:
+        return _json({"status": "ok", "version": VERSION})
+
+    async def _ready(self) -> Response:
+        if obstacle := self._bridges.obstacle():
+            return _json({"status": obstacle.state, "advice": obstacle.advice}, 503)
+        return _json({"status": "ready"})
+
+    async def _userscript(self) -> Response:
+        script = (HERE / "bridge.user.js").read_text(encoding="utf-8")
+        for name, value in (
+            ("BRIDGE_URL", self.bridge_url),
+            ("INSTALL_URL", f"{self.url}/bridge.user.js"),
+            ("AUTH_COOKIE", self._config.arena.auth_cookie),
+        ):
+            line = f"const {name} = {_encode_json(value).decode()};"
+            script, count = re.subn(rf'const {name} = ".*";', line.replace("\\", r"\\"), script)
+            assert count == 1, name
+        return Response(
+            script, content_type="text/javascript; charset=utf-8", headers={"cache-control": "no-store"}
+        )
+
+    def _describe(self, name: str, models: Sequence[Model]) -> dict[str, object]:
+        """One entry of /v1/models; a name that stands for two models is one entry."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self._started_at),
+            "owned_by": models[0].organization,
+            "modality": models[0].modality,
+            "takes_image": any(model.takes_image for model in models),
+            "sessions_ready": sum(self._pool.of(model.id).idle for model in models),
+        }
+
+    async def _models(self) -> Response:
+        names = dict.fromkeys(model.name for model in self._pool.catalog)
+        return _json(
+            {"object": "list", "data": [self._describe(n, self._pool.catalog.named(n)) for n in names]}
+        )
+
+    async def _model(self, name: str) -> Response:
+        models = self._pool.catalog.named(name)
+        if not models:
+            self._pool.catalog.resolve(name, images=0)
+        return _json(self._describe(name, models))
+
+    async def _state(self) -> Response:
+        return _json(
+            {
+                "version": VERSION,
+                "uptime_seconds": round(time.time() - self._started_at, 3),
+                "bridges": self._bridges.snapshot(),
+                "bootstrap": self._bootstrap.snapshot(),
+                "pool": self._pool.snapshot(),
+                "requests": {
+                    "active": self.chat.active,
+                    "completed": self.chat.completed,
+                    "failed": self.chat.failed,
+                },
+            }
+        )
+
+    async def _control_bootstrap(self) -> Response:
+        body = _forgiving_json(await request.get_data(as_text=False))  # type: ignore[arg-type]
+        action = body.get("action") if isinstance(body, dict) else None
+        if action not in ("start", "abort"):
+            raise ClientError(f"action: expected 'start' or 'abort', but got {action!r}.", param="action")
+        if not (self._bootstrap.start() if action == "start" else self._bootstrap.abort()):
+            message = f"Bootstrap is {self._bootstrap.phase}; {action} has no meaning now."
+            raise ClientError(message, status=409, code="conflict")
+        return _json(self._bootstrap.snapshot(), 202)
+
+    async def _refresh_models(self) -> Response:
+        return _json({"asked": self._bridges.refresh_models()}, 202)
+
+    async def _delete_session(self, session_id: str) -> Response:
+        session = self._pool.find(session_id)
+        if session is None:
+            raise ClientError(
+                f"There is no session {session_id}.", status=404, code="not_found", param="session_id"
+            )
+        self._pool.retire(session, "by the person")
+        return _json({"deleted": session_id})
+
+
+# ==========================================================================================================
+# Program
+# ==========================================================================================================
+#
+# The nursery of everything: the bridge's listener, the API, bootstrap's supervisor, the signals. Around it a
+# second one, so that the store's writer outlives all that writes.
+
+EXIT_OK, EXIT_CANNOT_START, EXIT_FORCED = 0, 2, 130
+
+
+class Program:
+    """All parts, put together."""
+
+    def __init__(self, config: Config, directory: Path, console: Console) -> None:
+        """`directory`: what the configuration's paths are relative to. Raises ConfigError."""
+        self.config, self.console = config, console
+        catalog = read_catalog(directory / config.models.path, config.models.include, config.models.exclude)
+        self.bus = EventBus()
+        self.bus.subscribe(log_event)
+        self.store = Store(directory / config.storage.path)
+        self.bus.subscribe(self.store.log_request)
+        self.pool = SessionPool(catalog, config.pool, self.store, self.bus)
+        self.bridges = Bridges(config, self.bus, self.pool)
+        self.relay = Relay(config, self.pool, self.bridges)
+        self.bootstrap = Bootstrap(config, self.pool, self.bridges, self.relay, console, self.bus)
+        self.chat = Chat(config, self.pool, self.relay, self.bus)
+        self.api = Api(config, self.pool, self.bridges, self.bootstrap, self.chat)
+        self._scope = trio.CancelScope()
+
+    async def run(self, *, task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop`; `started` once both ports are listened at.
+
+        Raises ConfigError, maybe in a group.
+        """
+        async with trio.open_nursery() as outer:
+            await outer.start(self.store.run)
+            try:
+                async with trio.open_nursery() as nursery:
+                    self._scope = nursery.cancel_scope
+                    bridge, server = self.config.bridge, self.config.server
+                    port = await _listen(nursery, "bridge.port", bridge.port, self.bridges.serve)
+                    self.api.bridge_url = f"ws://{_reachable(bridge.host)}:{port}/"
+                    await _listen(nursery, "server.port", server.port, self.api.serve)
+                    nursery.start_soon(self.bootstrap.supervise)
+                    task_status.started(self)
+            finally:
+                self.store.close()
+
+    async def stop(self) -> None:
+        """Shut down: no new requests, the running ones get their grace, then everything ends."""
+        await self.chat.drain(self.config.server.shutdown_grace_seconds)
+        self._scope.cancel()
+
+    async def obey_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Ctrl-C during bootstrap ends that only; else it shuts down. A second one ends it at once."""
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGTERM or not self.bootstrap.abort():
+                    break
+            grace_seconds = self.config.server.shutdown_grace_seconds
+            self.console.say(
+                f"Shutting down; running answers get {grace_seconds:g} s. Ctrl-C again ends at once."
+            )
+            # Hypercorn shields its writes: a client that reads nothing could hold the process up for ever.
+            last_resort = threading.Timer(grace_seconds + 5, os._exit, [EXIT_OK])
+            last_resort.daemon = True
+            last_resort.start()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.stop)
+                async for _ in signals:
+                    self.console.restore()
+                    os._exit(EXIT_FORCED)
+
+
+async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..., Awaitable[Any]]) -> Any:
+    try:
+        return await nursery.start(serve)
+    except (OSError, ExceptionGroup) as error:
+        refusals = [leaf for leaf in _leaves(error) if isinstance(leaf, OSError)]
+        if not refusals:
+            raise
+        raise ConfigError(key, port, f"a port that can be listened at ({refusals[0].strerror})") from None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions inside nested groups."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
+
+
+def _reachable(host: str) -> str:
+    """The name under which this machine's browser reaches what listens at `host`."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{name}]" if ":" in name else name
+
+
+# ==========================================================================================================
+# Command line
+# ==========================================================================================================
+
+DEMO_NOTICE = "DEMO: a stand-in arena inside this process answers, not the real site"
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="lmarena_proxy.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--config", type=Path, metavar="PATH", help="the configuration file (default: config.toml here)"
+    )
+    parser.add_argument("--yes", action="store_true", help="answer the question before bootstrap with Enter")
+    parser.add_argument(
+        "--no-bootstrap", action="store_true", help="open conversations only when requests need them"
+    )
+    parser.add_argument(
+        "--models", nargs="+", metavar="GLOB", help="serve only these models (models.include)"
+    )
+    parser.add_argument("--host", help="where the API listens (server.host)")
+    parser.add_argument("--port", type=int, help="the API's port (server.port)")
+    parser.add_argument("--bridge-port", type=int, help="the bridge's port (bridge.port)")
+    parser.add_argument("--demo", action="store_true", help="run against a stand-in arena, without a browser")
+    parser.add_argument(
+        "--check", action="store_true", help="check configuration, models, store and ports, and exit"
+    )
+    parser.add_argument("--version", action="version", version=f"lmarena_proxy {VERSION}")
+    return parser.parse_args(arguments)
+
+
+def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[Config, Path]:
+    """The configuration in force (command line over environment over file), and its paths' directory."""
+    path: Path = options.config or HERE / "config.toml"
+    if options.config and not path.exists():
+        raise ConfigError("--config", str(path), "a file that exists")
+    overrides: dict[tuple[str, str], object] = {}
+    for name, table, key in (
+        ("host", "server", "host"),
+        ("port", "server", "port"),
+        ("bridge_port", "bridge", "port"),
+        ("models", "models", "include"),
+    ):
+        if (value := getattr(options, name)) is not None:
+            overrides[table, key] = value
+    if api_key := environment.get("LMARENA_PROXY_API_KEY"):
+        overrides["server", "api_key"] = api_key
+    if options.no_bootstrap:
+        overrides["bootstrap", "enabled"] = False
+    if options.demo:
+        # A demo leaves no conversations of the stand-in in the real store, and does not keep one waiting.
+        overrides["storage", "path"] = tempfile.mkdtemp(prefix="lmarena-proxy-demo-")
+        overrides["bootstrap", "settle_seconds"] = 3
+    return read_config(path, overrides), path.resolve().parent
+
+
+async def run_demo(
+    program: Program, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The stand-in arena, and the userscript's twin, which also plays the person at its check and terms."""
+    from demo.arena import Arena, Switches
+    from demo.arena import serve as serve_arena
+    from demo.twin import Twin
+
+    async with trio.open_nursery() as nursery:
+        switches = Switches(check=True, latency_seconds=0.3, line_delay_seconds=0.03)
+        url = await nursery.start(serve_arena, Arena(switches=switches))
+        twin = Twin(url, program.api.bridge_url)
+        await nursery.start(twin.run)
+        task_status.started()
+        for act in (twin.open_page, twin.pass_check, twin.accept_terms):
+            await act()
+            await trio.sleep(0.5)
+
+
+def release_memory() -> None:
+    """Give back what compiling this file took, about 7 MB: glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
+
+
+async def live(config: Config, directory: Path, console: Console, options: argparse.Namespace) -> None:
+    """The life of the process: signals first, then the ports, the banner, and whatever comes."""
+    program = Program(config, directory, console)
+    program.bootstrap.is_confirmed = options.yes
+    async with trio.open_nursery() as nursery:
+        await nursery.start(program.obey_signals)
+        async with trio.open_nursery() as serving:
+            await serving.start(program.run)
+            sessions = sum(len(pool.sessions) for pool in program.pool)
+            notice = DEMO_NOTICE if options.demo else ""
+            console.banner(
+                program.api.url, program.api.bridge_url, len(program.pool.catalog), sessions, notice
+            )
+            if options.demo:
+                await serving.start(run_demo, program)
+        nursery.cancel_scope.cancel()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program; returns its exit code."""
+    release_memory()
+    options = parse_arguments(arguments)
+    screen = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
+    try:
+        config, directory = configure(options, os.environ)
+        open_log(config.log, directory / config.log.directory)
+        log.addHandler(ConsoleHandler(screen))
+        trio.run(live, config, directory, Console(screen, can_ask=sys.stdin.isatty()), options)
+    except (ConfigError, BaseExceptionGroup) as error:
+        leaves = [*_leaves(error)]
+        if not all(isinstance(leaf, ConfigError) for leaf in leaves):
+            raise
+        for leaf in leaves:
+            screen.print(RichText(f"Cannot start: {leaf}", style="red"), soft_wrap=True)
+        return EXIT_CANNOT_START
+    except KeyboardInterrupt:
+        return EXIT_FORCED
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
