@@ -41,6 +41,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sqlite3
 import struct
 import sys
@@ -73,6 +74,11 @@ from rich.table import Table
 from rich.text import Text as RichText
 from rich.traceback import Traceback
 from werkzeug.exceptions import HTTPException
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import termios
 
 VERSION = "1.0.0"
 HERE = Path(__file__).resolve().parent
@@ -2704,15 +2710,23 @@ class Console:
         """Leave the terminal as it was found, also in the middle of a live display."""
         self.screen.show_cursor(True)
 
-    async def wait_for_enter(self) -> None:
-        """Ask for Enter and wait for it."""
+    async def wait_for_enter(self) -> bool:
+        """Ask for Enter and wait for it. False when the keyboard's input ended instead."""
+        self._forget_input()
         self.say(PROMPT, "bold reverse" if self.screen.is_terminal else "")
         if sys.platform == "win32":
             # A console handle cannot be waited for; an abandoned thread ends with the process.
-            await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
-            return
+            return bool(await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True))
         await trio.lowlevel.wait_readable(sys.stdin.fileno())
-        os.read(sys.stdin.fileno(), 4096)
+        return bool(os.read(sys.stdin.fileno(), 4096))
+
+    def _forget_input(self) -> None:
+        """An Enter that was pressed before the question does not answer it."""
+        if sys.platform == "win32":
+            while msvcrt.kbhit():
+                msvcrt.getwch()
+        elif sys.stdin.isatty():
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
     def summary(self, rows: Sequence[tuple[str, int, str, str]]) -> None:
         """Rows of model, sessions, state (`ready`, `partial`, `skipped`, `on demand`) and why."""
@@ -2845,8 +2859,10 @@ class Bootstrap:
             self._go("skip", f"there is no terminal to ask at; {hint}")
         else:
             self._go("ask")
-            await self._console.wait_for_enter()
-            self.start()
+            if await self._console.wait_for_enter():
+                self.start()
+            else:
+                self._abort_reason = "the keyboard's input ended"
 
     async def _settle(self) -> None:
         """Wait until a tab has been ready for `settle_seconds` on end."""
@@ -3787,10 +3803,29 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
     if options.no_bootstrap:
         overrides["bootstrap", "enabled"] = False
     if options.demo:
-        # A demo leaves no conversations of the stand-in in the real store, and does not keep one waiting.
-        overrides["storage", "path"] = tempfile.mkdtemp(prefix="lmarena-proxy-demo-")
+        # A demo does not keep one waiting.
         overrides["bootstrap", "settle_seconds"] = 3
     return read_config(path, overrides), path.resolve().parent
+
+
+def check(config: Config, directory: Path, console: Console) -> None:
+    """Try what a start needs, and say what was found. Raises ConfigError for the first thing that is wrong."""
+    console.say(f"configuration  {directory}: every key is known and in range")
+    catalog = read_catalog(directory / config.models.path, config.models.include, config.models.exclude)
+    console.say(f"models         {len(catalog)} of {config.models.path} are served")
+    store = Store(directory / config.storage.path)
+    console.say(f"store          {store.path} holds {len(store.sessions())} conversations")
+    for key, host, port in (
+        ("server.port", config.server.host, config.server.port),
+        ("bridge.port", config.bridge.host, config.bridge.port),
+    ):
+        try:
+            socket.create_server(
+                (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+            ).close()
+        except OSError as error:
+            raise ConfigError(key, port, f"a port that can be listened at ({error.strerror})") from None
+        console.say(f"{key:<14} {host}:{port} is free")
 
 
 async def run_demo(
@@ -3844,9 +3879,17 @@ def main(arguments: Sequence[str]) -> int:
     screen = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     try:
         config, directory = configure(options, os.environ)
+        console = Console(screen, can_ask=sys.stdin.isatty())
+        if options.check:
+            check(config, directory, console)
+            return EXIT_OK
         open_log(config.log, directory / config.log.directory)
         log.addHandler(ConsoleHandler(screen))
-        trio.run(live, config, directory, Console(screen, can_ask=sys.stdin.isatty()), options)
+        with tempfile.TemporaryDirectory(prefix="lmarena-proxy-demo-") as store:
+            if options.demo:
+                # The stand-in's conversations have no place in the real store.
+                config = msgspec.structs.replace(config, storage=StorageConfig(store))
+            trio.run(live, config, directory, console, options)
     except (ConfigError, BaseExceptionGroup) as error:
         leaves = [*_leaves(error)]
         if not all(isinstance(leaf, ConfigError) for leaf in leaves):
