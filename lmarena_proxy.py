@@ -51,7 +51,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -2735,7 +2735,8 @@ class Console:
             "Models: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())), "bold"
         )
         table = Table("model", "sessions", "state", "why", title="Bootstrap")
-        for name, sessions, state, why in rows:
+        # What needs a look stands last, where the eye is.
+        for name, sessions, state, why in sorted(rows, key=lambda row: row[2] != "ready"):
             table.add_row(escape(name), str(sessions), state, escape(why))
         self.screen.print(table)
 
@@ -3809,7 +3810,7 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
 
 
 def check(config: Config, directory: Path, console: Console) -> None:
-    """Try what a start needs, and say what was found. Raises ConfigError for the first thing that is wrong."""
+    """Try what a start needs, and say what was found. Raises ConfigError for the first thing wrong."""
     console.say(f"configuration  {directory}: every key is known and in range")
     catalog = read_catalog(directory / config.models.path, config.models.include, config.models.exclude)
     console.say(f"models         {len(catalog)} of {config.models.path} are served")
@@ -3885,9 +3886,10 @@ def main(arguments: Sequence[str]) -> int:
             return EXIT_OK
         open_log(config.log, directory / config.log.directory)
         log.addHandler(ConsoleHandler(screen))
-        with tempfile.TemporaryDirectory(prefix="lmarena-proxy-demo-") as store:
-            if options.demo:
-                # The stand-in's conversations have no place in the real store.
+        # The stand-in's conversations have no place in the real store.
+        place = tempfile.TemporaryDirectory(prefix="lmarena-proxy-demo-") if options.demo else nullcontext()
+        with place as store:
+            if store:
                 config = msgspec.structs.replace(config, storage=StorageConfig(store))
             trio.run(live, config, directory, console, options)
     except (ConfigError, BaseExceptionGroup) as error:

@@ -1,0 +1,817 @@
+// ==UserScript==
+// @name         lmarena_proxy bridge
+// @namespace    lmarena_proxy
+// @version      1.0.0
+// @description  Lets lmarena_proxy, running on this computer, talk to the arena through this tab.
+// @description:zh-CN  让本机运行的 lmarena_proxy 通过此标签页与竞技场通信。
+// @license      MIT
+// @match        https://lmarena.ai/*
+// @match        https://*.lmarena.ai/*
+// @match        https://arena.ai/*
+// @match        https://*.arena.ai/*
+// @run-at       document-start
+// @grant        none
+// @noframes
+// ==/UserScript==
+// @ts-check
+
+// A thin relay between the page and the program. It says whether the page can be used, carries the fetches the
+// program asks for, notices conversations that the person opens by hand, and passes on the page's model list. What to
+// send is decided in lmarena_proxy.py. It clicks nothing, touches no human check and only ever reads cookies: what only
+// the person may do is shown in a badge. The wire protocol, version 1, is that of the program's section of this name.
+(() => {
+  "use strict";
+  if (window.top !== window.self) return; // for script managers that ignore @noframes
+
+  // ==== Settings =====================================================================================================
+
+  // The program fills in these three when it serves the script: keep the lines as they are.
+  const BRIDGE_URL = "ws://127.0.0.1:9081/";
+  const INSTALL_URL = "http://127.0.0.1:9080/bridge.user.js";
+  const AUTH_COOKIE = "arena-auth-prod-v1";
+
+  const PROTOCOL = 1;
+  const VERSION = "1.0.0";
+  const CLOSED_FOR_REINSTALL = 4001;
+  const SHARED_NAME = "lmarena_proxy bridge"; // of the lock and of the channel between tabs
+  const CHECK_TITLE = "Just a moment...";
+  const HEAD_BYTES = 8; // of a record: uint32 id, uint32 length
+  const FRAME_BYTES = 1 << 20; // what WebSocket libraries take by default
+  const UNSENT_BYTES = 8 << 20; // above this the program is behind: stop reading the site
+  const BACKPRESSURE_POLL_MS = 25;
+  const LOOK_MS = 1000;
+  const FIRST_RETRY_MS = 1000;
+  const LAST_RETRY_MS = 30000;
+  const RELOAD_PAUSE_MS = 60000;
+  const CAPTURES_KEPT = 50;
+
+  // No percent sign, backslash or empty segment: what is written is what the site's router sees.
+  const RELAYED_PATH = /^\/(?:nextjs-api|api)\/stream(?:\/[\w.~-]+)+(?:\?[\w.~=&-]*)?$/;
+  const CAPTURED_PATH = new RegExp(
+    "^/(?:nextjs-api|api)/stream/(?:create-evaluation|post-to-evaluation/([^/]+)" +
+      "|retry-evaluation-session-message/([^/]+)/messages/([^/]+))$",
+  );
+
+  /** @typedef {"loading" | "verification" | "sign_in" | "ready"} PageState */
+  /** @typedef {{type: "captured", session_id: string, message_id: string, model_id: string | null, mode: string,
+   *             account: string | null}} Capture */
+  /** @typedef {{type: "end" | "error", id: number, reason?: string, message?: string}} Outcome of an exchange */
+  /** @typedef {ReturnType<typeof newLink>} Link */
+
+  /** One connection to the program. The ids of exchanges mean something within it only. @param {WebSocket} socket */
+  const newLink = (socket) => ({
+    socket,
+    welcomed: false,
+    /** @type {Map<number, AbortController>} */ exchanges: new Map(),
+    /** @type {{id: number, bytes: Uint8Array}[]} body bytes not sent yet */ records: [],
+    recordBytes: 0, // what the records take in their frame
+    /** @type {Outcome[]} of exchanges whose last bytes are among the records */ outcomes: [],
+    flushDue: false,
+  });
+
+  const tab = {
+    /** @type {PageState} */ state: "loading",
+    /** @type {string | null} */ account: null,
+    authCookie: AUTH_COOKIE,
+    /** @type {"waiting" | "leading" | "stopped"} */ role: "waiting",
+    /** @type {Link | null} */ link: null,
+    retries: 0, // since the last welcome
+    retryTimer: 0,
+    /** @type {string | null} the status that says why there is no connection */ trouble: null,
+    policyForbids: false,
+  };
+
+  // ==== Natives ======================================================================================================
+
+  // Taken before any script of the page runs. Pages wrap these (for error tracking, say), and what passes here is
+  // between the person's programs: the page can neither read nor disturb it.
+
+  /** @param {Function} method @returns {(self: unknown, ...args: any[]) => any} */
+  const free = (method) => Function.prototype.call.bind(method);
+
+  /** @param {any} object @param {string} name @returns {(self: unknown) => any} */
+  const getter = (object, name) => {
+    while (!Object.hasOwn(object, name)) object = Object.getPrototypeOf(object);
+    return free(/** @type {any} */ (Object.getOwnPropertyDescriptor(object, name)).get);
+  };
+
+  const { WebSocket, Request, Response, ReadableStream, TextDecoder, URL, Uint8Array, DataView, AbortController } =
+    window;
+  const { parse, stringify } = JSON;
+  const call = Reflect.apply;
+  const pageFetch = window.fetch;
+  const fetch = pageFetch.bind(window);
+  const digest = crypto.subtle.digest.bind(crypto.subtle);
+  const setTimeout = window.setTimeout.bind(window);
+  const listen = free(EventTarget.prototype.addEventListener);
+  const readCookies = getter(document, "cookie");
+  const messageData = getter(MessageEvent.prototype, "data");
+  const socketSend = free(WebSocket.prototype.send);
+  const bufferedAmount = getter(WebSocket.prototype, "bufferedAmount");
+  const requestClone = free(Request.prototype.clone);
+  const responseClone = free(Response.prototype.clone);
+  const responseText = free(Response.prototype.text);
+  const responseBody = getter(Response.prototype, "body");
+  const streamReader = free(ReadableStream.prototype.getReader);
+  const readStream = free(ReadableStreamDefaultReader.prototype.read);
+  const decode = free(TextDecoder.prototype.decode);
+  const copyBytes = free(Uint8Array.prototype.set);
+
+  const { port1: turnStart, port2: turnEnd } = new MessageChannel();
+  const postTurn = turnEnd.postMessage.bind(turnEnd);
+  /** @type {(() => void)[]} */
+  const turns = [];
+  turnStart.onmessage = () => turns.shift()?.();
+
+  /** Runs it in the next turn of the event loop. Messages are not slowed in a hidden tab, as timers are.
+   * @param {() => void} task */
+  const nextTurn = (task) => postTurn(turns.push(task));
+
+  /** Text kept in the browser's storage, which the person may have forbidden.
+   * @param {"localStorage" | "sessionStorage"} area @param {string} key @param {string} [value] to be stored */
+  const stored = (area, key, value) => {
+    try {
+      if (value !== undefined) window[area].setItem(key, value);
+      return window[area].getItem(key);
+    } catch {
+      return null;
+    }
+  };
+
+  // ==== Badge ========================================================================================================
+
+  // In a closed shadow root, built from elements and text only, styled by a constructed sheet: no policy of the page
+  // forbids that. `data-status` on the host carries the status word, for tests.
+
+  /** Status: colour, English, Chinese. @type {Record<string, [string, string, string]>} */
+  const TEXTS = {
+    connecting: ["grey", "Connecting to the program …", "正在连接本机程序……"],
+    standing_by: ["grey", "Standing by: another tab is connected.", "待命中：另一个标签页已连接。"],
+    loading: ["grey", "Connected. The page is loading.", "已连接，页面正在加载。"],
+    ready: ["green", "Connected.", "已连接。"],
+    verification: ["amber", "Please pass the human check on this page.", "请在此页面完成人机验证。"],
+    sign_in: ["amber", "Please sign in, or accept the terms.", "请登录，或接受条款。"],
+    not_running: ["red", `The program is not running at ${BRIDGE_URL}`, `本机程序未在 ${BRIDGE_URL} 运行。`],
+    permission_prompt: ["amber", "Please allow access when the browser asks.", "浏览器询问时，请允许访问。"],
+    permission_denied: [
+      "red",
+      "The browser blocks the connection. Open the site settings (icon left of the address), allow local network " +
+        "access (apps on this device), and reload.",
+      "浏览器阻止了连接。请打开网站设置（地址左侧的图标），允许“本地网络访问”（此设备上的应用），然后刷新页面。",
+    ],
+    policy_forbids: [
+      "red",
+      `The policy of this page or browser forbids the connection to ${BRIDGE_URL}`,
+      `此页面或浏览器的安全策略禁止连接 ${BRIDGE_URL}`,
+    ],
+    reinstall: ["red", "Please reinstall this script, then reload: ", "请重新安装此脚本，然后刷新页面："],
+  };
+  const language = /^zh\b/i.test(navigator.language) ? "zh-CN" : "en";
+
+  const BADGE_STYLE = `
+    :host { all: initial !important; position: fixed !important; left: 12px !important; bottom: 12px !important;
+            z-index: 2147483647 !important; max-width: min(340px, calc(100vw - 24px)) !important; }
+    div { display: flex; border: 1px solid #0002; border-radius: 16px; background: #fffffff2; color: #1c1c1f;
+          box-shadow: 0 1px 6px #0003; font: 12px/18px system-ui, sans-serif; cursor: pointer; }
+    button { all: unset; flex: none; width: 30px; height: 30px; display: grid; place-items: center; }
+    button:focus-visible { outline: 2px solid #4c8bf5; border-radius: 50%; }
+    i { width: 12px; height: 12px; border-radius: 50%; background: #8a8f98; }
+    .green i { background: #1f9d55; } .amber i { background: #e08a00; } .red i { background: #d33b3b; }
+    span { padding: 6px 12px 6px 0; overflow-wrap: anywhere; } a { color: inherit; } b:empty { display: none; }
+    b { padding: 6px 12px 6px 0; font-weight: 400; white-space: nowrap; opacity: 0.7; }
+    .collapsed span { position: absolute; width: 1px; height: 1px; padding: 0; overflow: hidden;
+                      clip-path: inset(50%); }
+    @media (prefers-color-scheme: dark) { div { background: #1f2024f2; color: #ececf1; border-color: #fff3; } }
+    @media print { div { display: none; } }`;
+
+  const badge = (() => {
+    const tags = ["lmarena-proxy-badge", "div", "button", "i", "span", "b", "a"];
+    const [host, box, button, dot, text, running, link] = tags.map((tag) => document.createElement(tag));
+    host.lang = language; // chooses the glyphs, too
+    text.setAttribute("role", "status"); // the count stands outside: it would be read out all the time
+    button.setAttribute("aria-label", "lmarena_proxy");
+    link.textContent = INSTALL_URL;
+    Object.assign(link, { href: INSTALL_URL, target: "_blank", rel: "noopener noreferrer" });
+    button.append(dot);
+    box.append(button, text, running);
+    const sheet = new CSSStyleSheet();
+    sheet.replaceSync(BADGE_STYLE);
+    const root = host.attachShadow({ mode: "closed" });
+    root.adoptedStyleSheets = [sheet];
+    root.append(box);
+    let collapsed = stored("localStorage", "lmarena_proxy.badge") === "collapsed";
+    /** @type {[string, number]} */
+    let shown = ["", 0];
+
+    /** @param {string} status @param {number} count of running exchanges */
+    const show = (status, count) => {
+      if (status !== shown[0]) {
+        const [colour, english, translated] = TEXTS[status];
+        box.dataset.colour = colour;
+        text.textContent = `lmarena_proxy: ${language === "en" ? english : translated}`;
+        if (status === "reinstall") text.append(link);
+        button.title = text.textContent;
+        host.dataset.status = status;
+      }
+      box.className = `${box.dataset.colour} ${collapsed ? "collapsed" : ""}`;
+      button.setAttribute("aria-expanded", String(!collapsed));
+      const unit = collapsed ? "" : language === "en" ? " running" : " 个进行中";
+      running.textContent = count === 0 ? "" : `${count}${unit}`;
+      shown = [status, count];
+    };
+    listen(box, "click", (/** @type {Event} */ event) => {
+      if (event.target === link) return;
+      collapsed = !collapsed;
+      stored("localStorage", "lmarena_proxy.badge", collapsed ? "collapsed" : "open");
+      show(...shown);
+    });
+    return {
+      /** @param {string} status @param {number} count */
+      update(status, count) {
+        if (status !== shown[0] || count !== shown[1]) show(status, count);
+        // A page that renders itself anew may have dropped it.
+        if (document.body && !host.isConnected) document.documentElement.append(host);
+      },
+    };
+  })();
+
+  const render = () => {
+    const { link, role, trouble, state } = tab;
+    if (role === "stopped") badge.update("reinstall", 0);
+    else if (role === "waiting") badge.update("standing_by", 0);
+    else if (link?.welcomed) badge.update(state, link.exchanges.size);
+    // The check's own page may forbid the connection: what is due there is the check.
+    else badge.update(state === "verification" ? state : trouble ?? "connecting", 0);
+  };
+
+  // ==== Readiness ====================================================================================================
+
+  /** @returns {string | null} the auth cookie's value, put together from its parts where it was split */
+  const authCookie = () => {
+    const pairs = readCookies(document).split("; ").map((/** @type {string} */ pair) => pair.split(/=(.*)/s, 2));
+    /** @type {Map<string, string>} */
+    const cookies = new Map(pairs);
+    let value = cookies.get(tab.authCookie) ?? "";
+    if (value !== "") return value;
+    for (let part = 0, more; (more = cookies.get(`${tab.authCookie}.${part}`)); part += 1) value += more;
+    return value || null;
+  };
+
+  /** @param {string} value `base64-` and base64 or base64url of JSON, or JSON, either one perhaps URL-encoded
+   * @returns {string | null} the account's user id */
+  const userIdIn = (value) => {
+    try {
+      let text = value.includes("%") ? decodeURIComponent(value) : value;
+      if (text.startsWith("base64-")) {
+        const binary = atob(text.slice("base64-".length).replace(/-/g, "+").replace(/_/g, "/"));
+        text = decode(new TextDecoder(), Uint8Array.from(binary, (letter) => letter.charCodeAt(0)));
+      }
+      const id = parse(text)?.user?.id;
+      return typeof id === "string" && id !== "" ? id : null;
+    } catch {
+      return null; // not an error: the person is signed out, or the site has changed the cookie
+    }
+  };
+
+  const userIdNow = () => userIdIn(authCookie() ?? "");
+
+  /** What the program knows the account by: the id itself stays in the browser. @param {string | null} userId */
+  const accountOf = async (userId) => {
+    if (userId === null) return null;
+    const hash = new Uint8Array(await digest("SHA-256", new TextEncoder().encode(userId)));
+    return Array.from(hash, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  };
+
+  /** @param {string | null} userId @returns {[PageState, string]} */
+  const pageState = (userId) => {
+    if (document.title === CHECK_TITLE || "_cf_chl_opt" in window) return ["verification", "a human check is due"];
+    if (document.readyState === "loading") return ["loading", "the page is loading"];
+    if (userId !== null) return ["ready", ""];
+    return ["sign_in", `the cookie ${tab.authCookie} ${authCookie() === null ? "is missing" : "cannot be read"}`];
+  };
+
+  let looks = 0;
+
+  /** Looks at the page again and tells the program what has changed. */
+  const look = async () => {
+    const turn = ++looks;
+    const userId = userIdNow();
+    const [state, detail] = pageState(userId);
+    const account = await accountOf(userId);
+    if (turn !== looks) return; // a later look has begun meanwhile, and knows better
+    if (state !== tab.state || account !== tab.account) {
+      Object.assign(tab, { state, account });
+      if (tab.link) say(tab.link, { type: "state", state, account, detail });
+    }
+    render();
+  };
+
+  // ==== Model list ===================================================================================================
+
+  /** @param {string} text @param {number} start of a bracket or quote @returns {number} just behind its end, or -1 */
+  const closing = (text, start) => {
+    let [depth, inString] = [0, false];
+    for (let at = start; at < text.length; at += 1) {
+      const letter = text[at];
+      if (inString && letter === "\\") at += 1;
+      else if (letter === '"') inString = !inString;
+      else if (!inString && (letter === "[" || letter === "{")) depth += 1;
+      else if (!inString && (letter === "]" || letter === "}")) depth -= 1;
+      if (depth === 0 && !inString) return at + 1;
+    }
+    return -1;
+  };
+
+  /** @param {string} text @param {RegExp} before (global) what stands before the JSON value @returns {any[]} */
+  const valuesAfter = (text, before) => {
+    const values = [];
+    for (const match of text.matchAll(before)) {
+      const start = match.index + match[0].length;
+      try {
+        values.push(parse(text.slice(start, closing(text, start))));
+      } catch {
+        // cut off, or not JSON: the next place may be
+      }
+    }
+    return values;
+  };
+
+  /** The page's models. They stand as JSON in an inline script, or inside the strings that make up the page's data
+   * stream (`self.__next_f.push([1,"..."])`), cut anywhere between two of them. */
+  const pageModels = () => {
+    const scripts = Array.from(document.scripts, (script) => (script.src ? "" : script.textContent ?? ""));
+    const stream = scripts.flatMap((text) => valuesAfter(text, /__next_f\.push\(\[1,\s*(?=")/g)).join("");
+    for (const text of [stream, ...scripts]) {
+      for (const list of valuesAfter(text, /\binitialModels"?\s*:\s*(?=\[)/g)) {
+        const models = list.filter(
+          (/** @type {any} */ model) => typeof model?.id === "string" && typeof model?.publicName === "string",
+        );
+        if (models.length > 0) return models;
+      }
+    }
+    return [];
+  };
+
+  /** @type {any[]} */
+  let models = [];
+
+  // ==== Link: what goes to the program ===============================================================================
+
+  /** The one exit. @param {Link} link @param {string | Uint8Array} data */
+  const transmit = (link, data) => {
+    if (link.socket.readyState === WebSocket.OPEN) socketSend(link.socket, data);
+  };
+
+  /** @param {Link} link @param {{type: string, [field: string]: unknown}} message */
+  const say = (link, message) => transmit(link, stringify(message));
+
+  /** Sends the queued bytes in one frame, then the ends of the exchanges they belong to. @param {Link} link */
+  const flush = (link) => {
+    const { records, outcomes } = link;
+    link.outcomes = [];
+    if (records.length > 0) {
+      const frame = new Uint8Array(link.recordBytes);
+      const view = new DataView(frame.buffer);
+      let at = 0;
+      for (const { id, bytes } of records) {
+        view.setUint32(at, id);
+        view.setUint32(at + 4, bytes.length);
+        copyBytes(frame, bytes, at + HEAD_BYTES);
+        at += HEAD_BYTES + bytes.length;
+      }
+      Object.assign(link, { records: [], recordBytes: 0 });
+      transmit(link, frame);
+    }
+    for (const outcome of outcomes) say(link, outcome);
+  };
+
+  /** Everything that arrives in one turn of the event loop goes out together at its end. @param {Link} link */
+  const flushSoon = (link) => {
+    if (link.flushDue) return;
+    link.flushDue = true;
+    nextTurn(() => {
+      link.flushDue = false;
+      flush(link);
+    });
+  };
+
+  /** @param {Link} link @param {number} id @param {Uint8Array} chunk */
+  const queueBytes = (link, id, chunk) => {
+    const most = FRAME_BYTES - HEAD_BYTES;
+    for (let start = 0; start < chunk.length; start += most) {
+      const bytes = chunk.subarray(start, start + most);
+      if (link.recordBytes + HEAD_BYTES + bytes.length > FRAME_BYTES) flush(link);
+      link.records.push({ id, bytes });
+      link.recordBytes += HEAD_BYTES + bytes.length;
+    }
+    flushSoon(link);
+  };
+
+  /** @param {Link} link @param {Outcome} outcome */
+  const queueOutcome = (link, outcome) => {
+    link.outcomes.push(outcome);
+    flushSoon(link);
+  };
+
+  /** Waits while the program is behind. A hidden tab's timers set by timers fire once a minute: hence the turn.
+   * @param {Link} link @param {AbortSignal} signal */
+  const roomToSend = async (link, signal) => {
+    while (bufferedAmount(link.socket) > UNSENT_BYTES && !signal.aborted) {
+      await new Promise((resolve) => setTimeout(() => nextTurn(() => resolve(null)), BACKPRESSURE_POLL_MS));
+    }
+  };
+
+  /** @param {Link} link */
+  const sendModels = (link) => say(link, { type: "models", models });
+
+  // ==== Relay ========================================================================================================
+
+  /** @type {RequestInit} A redirect may lead anywhere: it is not followed. */
+  const FETCH_OPTIONS = { credentials: "same-origin", redirect: "manual", cache: "no-store" };
+  const RELAYED_HEADERS = ["content-type", "retry-after", "cf-mitigated"];
+
+  /** @param {any} message a `fetch` @returns {string | null} why it is not relayed */
+  const refusal = ({ method, path, body }) => {
+    if (method !== "POST" && method !== "PUT") return `method ${method} is not relayed, only POST and PUT`;
+    if (typeof body !== "string") return "the body must be text";
+    if (typeof path !== "string" || !RELAYED_PATH.test(path)) return `path ${path} is not relayed`;
+    // A path that normalizing changes (a dot segment, say) is not the path it looks like.
+    return new URL(path, location.origin).href === location.origin + path ? null : `path ${path} is not relayed`;
+  };
+
+  /** One exchange with the site, up to its last byte. @param {Link} link @param {any} message a `fetch`
+   * @param {AbortController} controller @returns {Promise<Outcome>} */
+  const exchange = async (link, { id, method, path, body }, controller) => {
+    const headers = { "Content-Type": "text/plain;charset=UTF-8" };
+    const { signal } = controller;
+    const url = location.origin + path; // not the path alone: the page may have a <base> elsewhere
+    const response = await fetch(url, { ...FETCH_OPTIONS, method, body, headers, signal });
+    if (response.type === "opaqueredirect") {
+      controller.abort();
+      return { type: "error", id, reason: "refused", message: "redirected" };
+    }
+    const present = RELAYED_HEADERS.filter((name) => response.headers.has(name));
+    const told = present.map((name) => [name, response.headers.get(name)]);
+    say(link, { type: "response", id, status: response.status, headers: Object.fromEntries(told) });
+    const stream = responseBody(response);
+    if (stream !== null) {
+      const reader = streamReader(stream);
+      for (;;) {
+        await roomToSend(link, signal);
+        const { done, value } = await readStream(reader);
+        if (done) break;
+        queueBytes(link, id, value);
+      }
+    }
+    return { type: "end", id };
+  };
+
+  /** @param {Link} link @param {any} message a `fetch` */
+  const relay = async (link, message) => {
+    const { id } = message;
+    if (!Number.isInteger(id) || id < 0 || id > 0xffffffff) return; // there is no way to answer this
+    const reason = link.exchanges.has(id) ? `id ${id} is in use` : refusal(message);
+    if (reason !== null) return queueOutcome(link, { type: "error", id, reason: "refused", message: reason });
+    const controller = new AbortController();
+    link.exchanges.set(id, controller);
+    render();
+    try {
+      queueOutcome(link, await exchange(link, message, controller));
+    } catch (error) {
+      const why = controller.signal.aborted ? "aborted" : "network";
+      queueOutcome(link, { type: "error", id, reason: why, message: String(error) });
+    } finally {
+      link.exchanges.delete(id);
+      render();
+    }
+  };
+
+  // ==== Captures: conversations opened by hand =======================================================================
+
+  /** Waiting for a connection. @type {Capture[]} */
+  let captures = [];
+
+  const between = new BroadcastChannel(SHARED_NAME);
+
+  /** @param {any} capture @returns {capture is Capture} */
+  const isCapture = (capture) =>
+    capture?.type === "captured" &&
+    [capture.session_id, capture.message_id, capture.mode].every((field) => typeof field === "string");
+
+  /** @param {Capture} capture */
+  const captureKey = (capture) => `${capture.session_id} ${capture.message_id}`;
+
+  /** Sends the waiting captures, through the tab that leads if this is another one. A leader without a connection does
+   * not answer: it calls for them once it has been welcomed. */
+  const deliverCaptures = () => {
+    if (tab.link?.welcomed) {
+      for (const capture of captures) say(tab.link, capture);
+      captures = [];
+    } else if (tab.role !== "leading" && captures.length > 0) {
+      between.postMessage({ type: "captures", captures });
+    }
+  };
+
+  /** @param {Capture} capture */
+  const report = (capture) => {
+    captures = [...captures, capture].slice(-CAPTURES_KEPT);
+    deliverCaptures();
+  };
+
+  listen(between, "message", (/** @type {MessageEvent} */ event) => {
+    const message = messageData(event);
+    if (message?.type === "leading") {
+      deliverCaptures();
+    } else if (message?.type === "captures" && tab.link?.welcomed && Array.isArray(message.captures)) {
+      const taken = message.captures.filter(isCapture);
+      taken.forEach(report);
+      between.postMessage({ type: "taken", keys: taken.map(captureKey) });
+    } else if (message?.type === "taken" && tab.role !== "leading") {
+      captures = captures.filter((capture) => !message.keys.includes(captureKey(capture)));
+    }
+  });
+
+  // ==== Commands of the program ======================================================================================
+
+  /** @type {Record<string, (link: Link, message: any) => unknown>} */
+  const commands = {
+    welcome(link, message) {
+      link.welcomed = true;
+      tab.retries = 0;
+      if (typeof message.auth_cookie === "string" && message.auth_cookie) tab.authCookie = message.auth_cookie;
+      if (models.length > 0) sendModels(link);
+      deliverCaptures();
+      between.postMessage({ type: "leading" });
+      look();
+    },
+    fetch: relay,
+    abort(link, message) {
+      link.exchanges.get(message.id)?.abort();
+    },
+    ping(link, message) {
+      say(link, { type: "pong", t: message.t });
+    },
+    send_models(link) {
+      const found = pageModels();
+      if (found.length > 0) models = found; // a page shown later may have none: the old list still holds
+      sendModels(link);
+    },
+    // Loading the page lets the site's own check run, in front of the person.
+    reload() {
+      const key = "lmarena_proxy.reloaded_at";
+      if (Date.now() - Number(stored("sessionStorage", key) ?? 0) < RELOAD_PAUSE_MS) return;
+      stored("sessionStorage", key, String(Date.now()));
+      location.reload();
+    },
+  };
+
+  // ==== Connection ===================================================================================================
+
+  const connect = () => {
+    Object.assign(tab, { retryTimer: 0, policyForbids: false });
+    /** @type {WebSocket} */
+    let socket;
+    try {
+      socket = new WebSocket(BRIDGE_URL);
+    } catch {
+      tab.trouble = "policy_forbids"; // a browser that takes ws:// from an https page for mixed content
+      return retryLater();
+    }
+    socket.binaryType = "arraybuffer";
+    const link = newLink(socket);
+    let opened = false;
+    tab.link = link;
+    listen(socket, "open", () => {
+      opened = true;
+      tab.trouble = null;
+      const { state, account } = tab;
+      say(link, { type: "hello", protocol: PROTOCOL, script: VERSION, url: location.href, state, account });
+      render();
+    });
+    listen(socket, "message", (/** @type {MessageEvent} */ event) => {
+      const data = messageData(event);
+      const message = typeof data === "string" ? parse(data) : null;
+      if (Object.hasOwn(commands, message?.type)) commands[message.type](link, message);
+    });
+    listen(socket, "close", (/** @type {CloseEvent} */ event) => {
+      for (const controller of link.exchanges.values()) controller.abort();
+      if (tab.link === link) tab.link = null;
+      if (event.code === CLOSED_FOR_REINSTALL) {
+        tab.role = "stopped";
+        stepDown(); // a tab that has the new script already can take over
+      } else if (tab.role === "leading" && tab.link === null) {
+        if (!opened) diagnose();
+        retryLater();
+      }
+      render();
+    });
+    render();
+  };
+
+  const retryLater = () => {
+    const delay = Math.min(FIRST_RETRY_MS * 2 ** tab.retries, LAST_RETRY_MS);
+    tab.retries += 1;
+    tab.retryTimer = setTimeout(connect, delay * (0.75 + Math.random() / 4));
+  };
+
+  /** Something has changed that may let the next try succeed: it is not waited for. */
+  const retryNow = () => {
+    if (tab.retryTimer === 0) return;
+    clearTimeout(tab.retryTimer);
+    connect();
+  };
+
+  /** The browser's word on connections from this page to this computer. The first name it knows decides; they changed
+   * with its versions. @returns {Promise<PermissionStatus | null>} */
+  const localNetworkPermission = async () => {
+    for (const name of ["loopback-network", "local-network", "local-network-access"]) {
+      try {
+        return await navigator.permissions.query({ name: /** @type {PermissionName} */ (name) });
+      } catch {
+        // an unknown name
+      }
+    }
+    return null;
+  };
+
+  let diagnosing = false;
+
+  /** Finds out why the connection did not open. Neither the WebSocket nor the program can tell. */
+  const diagnose = async () => {
+    if (diagnosing) return;
+    diagnosing = true;
+    let permission = await localNetworkPermission();
+    if (permission?.state === "prompt") {
+      try {
+        // This raises the browser's question where the WebSocket alone does not, and stays open until it is answered.
+        const asked = fetch(new URL("/health", INSTALL_URL), { mode: "no-cors", credentials: "omit" });
+        tab.trouble ??= "permission_prompt";
+        render();
+        await asked;
+        retryNow();
+      } catch {
+        permission = await localNetworkPermission();
+      }
+    }
+    diagnosing = false;
+    if (permission) permission.onchange = retryNow;
+    tab.trouble = permission?.state === "denied" ? "permission_denied" : "not_running";
+    if (tab.policyForbids) tab.trouble = "policy_forbids";
+    render();
+  };
+
+  listen(document, "securitypolicyviolation", (/** @type {SecurityPolicyViolationEvent} */ event) => {
+    if (event.disposition !== "enforce" || event.effectiveDirective !== "connect-src") return;
+    if (!event.blockedURI.startsWith(new URL(BRIDGE_URL).origin)) return;
+    Object.assign(tab, { policyForbids: true, trouble: "policy_forbids" });
+    render();
+  });
+
+  // ==== Leading tab ==================================================================================================
+
+  // One tab of a browser profile holds the lock and connects; the others stand by. The browser hands it on when that
+  // tab closes, reloads or crashes. A tab that holds a lock is also never frozen, however long it stays hidden.
+
+  /** Ends this tab's turn, or its place in the queue. */
+  let stepDown = () => {};
+
+  const lead = () => {
+    const leaving = new AbortController();
+    const left = new Promise((resolve) => leaving.signal.addEventListener("abort", resolve));
+    stepDown = () => {
+      leaving.abort();
+      clearTimeout(tab.retryTimer);
+      tab.retryTimer = 0;
+      if (tab.role === "leading") tab.role = "waiting";
+      tab.link?.socket.close();
+    };
+    const begin = () => {
+      tab.role = "leading";
+      connect();
+      return left;
+    };
+    if (!navigator.locks) begin();
+    else navigator.locks.request(SHARED_NAME, { mode: "exclusive", signal: leaving.signal }, begin).catch(() => {});
+  };
+
+  // ==== Capture ======================================================================================================
+
+  /** What a session opened or continued in this tab is known by. @type {Map<string, {mode: string, model: string}>} */
+  const seen = new Map();
+
+  /** How an answer ended: the lines `ad` and `a3`, and whether a second model took part (lines that begin with `b`).
+   * Chunks end anywhere, also inside a character. @param {ReadableStream} stream */
+  const hearAnswer = async (stream) => {
+    const answer = { ended: false, failed: false, pair: false };
+    const hear = (/** @type {string} */ line) => {
+      if (/^b\w:/.test(line)) answer.pair = true;
+      else if (line.startsWith("a3:")) answer.failed = true;
+      else if (line.startsWith("ad:")) answer.ended = parse(line.slice(3)).finishReason !== "error";
+    };
+    const reader = streamReader(stream);
+    const decoder = new TextDecoder();
+    let rest = "";
+    for (;;) {
+      const { done, value } = await readStream(reader);
+      rest += decode(decoder, value, { stream: !done });
+      if (done) break;
+      const lines = rest.split("\n");
+      rest = /** @type {string} */ (lines.pop());
+      lines.forEach(hear);
+    }
+    hear(rest);
+    return answer;
+  };
+
+  /** Whether this call of the page opens or continues a conversation. Nothing is consumed.
+   * @param {any[]} args of the page's fetch
+   * @returns {{path: string[], body: () => Promise<string>, userId: string | null} | null} */
+  const overhear = ([input, init]) => {
+    const request = input instanceof Request ? input : null;
+    if (request === null && typeof input !== "string" && !(input instanceof URL)) return null;
+    const url = new URL(request ? request.url : input, document.baseURI);
+    const path = url.origin === location.origin ? CAPTURED_PATH.exec(url.pathname) : null;
+    const method = String(init?.method ?? request?.method).toUpperCase();
+    if (path === null || method !== (path[2] ? "PUT" : "POST")) return null;
+    if (init?.body instanceof ReadableStream) return null;
+    const copy = new Response(init?.body ?? requestClone(request).body);
+    return { path, body: () => responseText(copy), userId: userIdNow() };
+  };
+
+  /** Follows the answer in the background, and reports the conversation once it has ended well.
+   * @param {NonNullable<ReturnType<typeof overhear>>} overheard @param {Promise<Response>} answered */
+  const follow = async ({ path, body, userId }, answered) => {
+    try {
+      const response = await answered; // this is heard before the page hears of it, so the body is still whole
+      if (response.status !== 200 || responseBody(response) === null) return;
+      const copy = responseBody(responseClone(response));
+      const answering = hearAnswer(copy).catch(() => null); // read at once: a page that stops does not wait for this
+      const sent = parse(await body());
+      const session = path[1] ?? path[2] ?? sent.id;
+      const message = path[3] ?? sent.modelAMessageId;
+      const known = seen.get(session);
+      const model = sent.modelAId ?? sent.modelId ?? known?.model ?? null;
+      if (sent.mode) seen.set(session, { mode: sent.mode, model });
+      const answer = await answering;
+      if (!answer?.ended || answer.failed) return;
+      const second = (/** @type {any} */ m) => m.role === "assistant" && m.participantPosition === "b";
+      const pair = sent.modelBId || sent.modelBMessageId || answer.pair || sent.messages?.some(second);
+      const mode = sent.mode ?? known?.mode ?? (pair ? "side-by-side" : "direct");
+      const account = userId === null ? tab.account : await accountOf(userId);
+      const capture = { type: "captured", session_id: session, message_id: message, model_id: model, mode, account };
+      if (isCapture(capture)) report(capture);
+    } catch {
+      // the page has seen its own error; there is nothing to capture
+    }
+  };
+
+  // The page gets the native promise and the native response. Error trackers compare `fetch.toString()` with the
+  // native text, and reach for an iframe's fetch where it differs: a bare proxy's text lacks the name.
+  const nativeText = Function.prototype.toString.bind(pageFetch);
+  window.fetch = new Proxy(pageFetch, {
+    apply(target, self, args) {
+      let overheard = null;
+      try {
+        overheard = overhear(args);
+      } catch {
+        // an odd argument: the native function judges it
+      }
+      const answered = call(target, self, args);
+      if (overheard !== null) void follow(overheard, answered);
+      return answered;
+    },
+    get: (target, name) => (name === "toString" ? nativeText : Reflect.get(target, name)),
+  });
+
+  // ==== Start ========================================================================================================
+
+  const lookForModels = () => {
+    if (models.length > 0) return;
+    models = pageModels();
+    if (models.length > 0 && tab.link?.welcomed) sendModels(tab.link);
+  };
+
+  listen(document, "DOMContentLoaded", () => {
+    // The page may set its title, and drop the badge, at any time.
+    const observer = new MutationObserver(look);
+    if (document.head) observer.observe(document.head, { childList: true, subtree: true, characterData: true });
+    observer.observe(document.documentElement, { childList: true });
+    look();
+    lookForModels();
+  });
+  listen(document, "readystatechange", look);
+  listen(document, "visibilitychange", () => {
+    look();
+    if (!document.hidden) retryNow();
+  });
+  listen(window, "load", lookForModels);
+  listen(window, "online", retryNow);
+  // A page kept for the back button holds neither the lock nor the connection.
+  listen(window, "pagehide", () => stepDown());
+  listen(window, "pageshow", (/** @type {PageTransitionEvent} */ event) => event.persisted && lead());
+  if ("cookieStore" in window) listen(window.cookieStore, "change", look);
+  window.setInterval(look, LOOK_MS);
+
+  look();
+  lead();
+})();

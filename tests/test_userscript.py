@@ -1,0 +1,928 @@
+"""bridge.user.js in a real Chromium, between a scripted program and the stand-in arena."""
+
+import base64
+import json
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import BrowserContext, Page, Playwright, Route, sync_playwright
+from userscript_bridge import (
+    BADGE,
+    CHROMIUM,
+    CREATE_PATH,
+    LONGEST_FRAME_BYTES,
+    ROOT,
+    SITE,
+    ArenaProcess,
+    Connection,
+    ScriptedBridge,
+    UserscriptBrowser,
+    create_body,
+    eventually,
+    hash_of,
+    new_ids,
+    records_of,
+    sign_in,
+    status_of,
+    wait_status,
+)
+
+MODELS: list[dict[str, Any]] = json.loads((ROOT / "models.json").read_text(encoding="utf-8"))
+CHAT_MODEL = next(m["id"] for m in MODELS if "text" in m["capabilities"]["outputCapabilities"])
+MIXED_TEXT = "你好，世界 😀 — ñ"
+ANSWER_ALL_KINDS = f'af:{{}}\na0:{json.dumps(MIXED_TEXT, ensure_ascii=False)}\nad:{{"finishReason":"stop"}}\n'
+
+pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}")
+
+
+@pytest.fixture(scope="module")
+def arena_process() -> Iterator[ArenaProcess]:
+    process = ArenaProcess()
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Playwright, arena_process: ArenaProcess) -> Iterator[UserscriptBrowser]:
+    started = UserscriptBrowser(playwright, arena_process)
+    yield started
+    started.browser.close()
+
+
+@pytest.fixture
+def arena(arena_process: ArenaProcess) -> ArenaProcess:
+    arena_process.reset()
+    return arena_process
+
+
+@pytest.fixture
+def bridge() -> Iterator[ScriptedBridge]:
+    scripted = ScriptedBridge()
+    scripted.start()
+    yield scripted
+    scripted.stop()
+
+
+@pytest.fixture
+def profile(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> Iterator[BrowserContext]:
+    with browser.profile(bridge) as context:
+        yield context
+
+
+@pytest.fixture
+def page(profile: BrowserContext) -> Page:
+    return profile.new_page()
+
+
+@pytest.fixture
+def tab(page: Page, bridge: ScriptedBridge) -> Connection:
+    """A signed-in tab that is ready."""
+    sign_in(page)
+    wait_status(page, "ready")
+    connection = bridge.connected()
+    connection.wait_state("ready")
+    return connection
+
+
+def user_id(page: Page) -> str:
+    """The account's id, read from the cookie as the site wrote it."""
+    cookie = next(c["value"] for c in page.context.cookies(SITE) if c["name"] == "arena-auth-prod-v1")
+    token = base64.b64decode(urllib.parse.unquote(cookie).removeprefix("base64-") + "==")
+    return str(json.loads(token)["user"]["id"])
+
+
+def chat(page: Page, text: str) -> dict[str, Any]:
+    """A message by hand; what the answer field says when it is done."""
+    page.fill("#message", text)
+    page.click("#send")
+    page.wait_for_function("/done|failed/.test(document.querySelector('#status').textContent)")
+    return {"status": page.inner_text("#status"), "answer": page.inner_text("#answer")}
+
+
+def retry_by_hand(page: Page) -> None:
+    page.evaluate("document.querySelector('#status').textContent = 'asked'")
+    page.click("#retry")
+    page.wait_for_function("/done|failed/.test(document.querySelector('#status').textContent)")
+
+
+# ==== Readiness =============================================================================================
+
+
+def test_a_visitor_passes_the_check_then_accepts_the_terms_and_is_ready(
+    page: Page, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    arena.switch(check=True)
+    page.goto(SITE)
+    at_check = bridge.connection()
+    assert at_check.first("hello") | {"state": "", "url": ""} == {
+        "type": "hello", "protocol": 1, "script": "1.0.0", "url": "", "state": "", "account": None,
+    }  # fmt: skip
+    assert at_check.first("hello")["url"].startswith(SITE)
+    assert at_check.origin == SITE
+    at_check.wait_state("verification")
+    wait_status(page, "verification")
+    page.click("#pass-check")
+    at_terms = bridge.connection(1)
+    at_terms.wait_state("sign_in")
+    assert at_terms.state()["account"] is None
+    wait_status(page, "sign_in")
+    page.click("#accept-terms")
+    signed_in = bridge.connection(2)
+    assert signed_in.wait_state("ready")["account"] == hash_of(user_id(page))
+    wait_status(page, "ready")
+    assert {"ready", "sign_in"}.isdisjoint(m.get("state") for m in at_check.messages)
+
+
+def test_signing_out_is_told_at_once(page: Page, tab: Connection) -> None:
+    page.evaluate("cookieStore.delete('arena-auth-prod-v1')")
+    told = tab.wait_state("sign_in")
+    assert told["type"] == "state"
+    assert told["account"] is None
+    assert "arena-auth-prod-v1" in told["detail"]
+
+
+def test_a_check_that_appears_later_ends_readiness(page: Page, tab: Connection) -> None:
+    page.evaluate("document.title = 'Just a moment...'")
+    assert tab.wait_state("verification")["account"] == hash_of(user_id(page))
+    page.evaluate("document.title = 'Arena'")
+    tab.wait_state("ready")
+
+
+def test_an_auth_cookie_split_in_two_is_read(page: Page, arena: ArenaProcess, bridge: ScriptedBridge) -> None:
+    arena.switch(split_cookie=True)
+    sign_in(page)
+    assert "arena-auth-prod-v1.1" in [c["name"] for c in page.context.cookies(SITE)]
+    connection = bridge.connected()
+    assert len(connection.wait_state("ready")["account"]) == 64
+
+
+USER = {"user": {"id": "4f0c…é用户", "name": "????>>>>"}}
+FORMS = {
+    "base64": "base64-" + base64.b64encode(json.dumps(USER).encode()).decode(),
+    "utf-8": "base64-" + base64.b64encode(json.dumps(USER, ensure_ascii=False).encode()).decode(),
+    "base64url": "base64-" + base64.urlsafe_b64encode(json.dumps(USER).encode()).decode().rstrip("="),
+    "url-encoded": urllib.parse.quote("base64-" + base64.b64encode(json.dumps(USER).encode()).decode()),
+    "url-encoded-json": urllib.parse.quote(json.dumps(USER)),
+    "json": json.dumps(USER, separators=(",", ":")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_auth_cookie_is_read_in_every_form(page: Page, tab: Connection, form: str) -> None:
+    page.evaluate("value => { document.cookie = `arena-auth-prod-v1=${value}; path=/; secure` }", FORMS[form])
+    eventually(lambda: tab.state()["account"] == hash_of(USER["user"]["id"]), "the account")
+    assert tab.state()["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    "value", ["base64-!!!!", "base64-" + base64.b64encode(b'{"user":{}}').decode(), "x", "null"]
+)
+def test_a_cookie_that_cannot_be_read_is_no_sign_in(page: Page, tab: Connection, value: str) -> None:
+    page.evaluate("value => { document.cookie = `arena-auth-prod-v1=${value}; path=/; secure` }", value)
+    told = tab.wait_state("sign_in")
+    assert told["account"] is None
+    assert "cannot be read" in told["detail"]
+
+
+def test_the_welcome_names_the_cookie(page: Page, bridge: ScriptedBridge) -> None:
+    bridge.welcome["auth_cookie"] = "another-cookie"
+    page.goto(SITE)
+    bridge.connection().wait_state("sign_in")
+    page.evaluate("value => { document.cookie = `another-cookie=${value}; path=/; secure` }", FORMS["base64"])
+    assert bridge.connection().wait_state("ready")["account"] == hash_of(USER["user"]["id"])
+
+
+def test_a_ping_is_answered_and_unknown_messages_are_not(tab: Connection) -> None:
+    tab.send(type="constructor")
+    tab.send(type="from the future", id=1)
+    tab.send(no_type=True)
+    tab.send(type="ping", t=12.5)
+    assert tab.first("pong") == {"type": "pong", "t": 12.5}
+
+
+def test_the_program_can_have_the_page_loaded_again_but_not_in_a_loop(
+    page: Page, tab: Connection, bridge: ScriptedBridge
+) -> None:
+    before = len(bridge.connections)
+    tab.send(type="reload", reason="the check must run")
+    again = bridge.connection(before)
+    again.wait_state("ready")
+    again.send(type="reload", reason="the check must run")
+    again.send(type="ping", t=1)
+    again.first("pong")
+    again.fetch(CREATE_PATH, create_body(CHAT_MODEL))
+    again.first("end")
+    assert not again.closed
+    assert len(bridge.connections) == before + 1
+
+
+# ==== Relay =================================================================================================
+
+
+def test_bytes_arrive_exactly_as_the_site_sent_them(tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(raw={"*": ANSWER_ALL_KINDS}, chunk_bytes=1)
+    body = create_body(CHAT_MODEL, MIXED_TEXT)
+    exchange = tab.finish(tab.fetch(CREATE_PATH, body))
+    assert bytes(exchange.body) == ANSWER_ALL_KINDS.encode()
+    assert exchange.head == {
+        "type": "response", "id": 1, "status": 200, "headers": {"content-type": "text/plain; charset=utf-8"},
+    }  # fmt: skip
+    assert exchange.outcome == {"type": "end", "id": 1}
+    assert exchange.events[0] == "response"
+    assert exchange.events[-1] == "end"
+    assert set(exchange.events[1:-1]) == {"bytes"}
+    assert arena.record()[-1]["body"] == body
+
+
+def test_refusals_of_the_site_are_answers_with_their_headers(tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(rate_limit_after=0, retry_after=7)
+    limited = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    assert limited.head
+    assert limited.head["status"] == 429
+    assert limited.head["headers"] == {"content-type": "application/json", "retry-after": "7"}
+    assert json.loads(limited.body) == {"error": "too many requests"}
+    arena.reset(check=True)
+    arena.control("POST", "challenge", {})
+    checked = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    assert checked.head
+    assert checked.head["status"] == 403
+    assert checked.head["headers"]["cf-mitigated"] == "challenge"
+    assert b"Just a moment..." in checked.body
+
+
+def test_twenty_four_exchanges_run_at_once_and_do_not_mix(tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(chunk_bytes=3, answers={})
+    exchanges = {}
+    for number in range(24):
+        text = f"{number}: {MIXED_TEXT}" * 20
+        exchanges[text] = tab.fetch(CREATE_PATH, create_body(CHAT_MODEL, text))
+    for text, exchange in exchanges.items():
+        tab.finish(exchange)
+        lines = exchange.body.decode().split("\n")
+        assert "".join(json.loads(line[3:]) for line in lines if line.startswith("a0:")).endswith(text)
+        assert exchange.events[-1] == "end"
+        assert exchange.events.count("response") == 1
+    assert all(len(frame) <= LONGEST_FRAME_BYTES for frame in tab.frames)
+
+    arena.reset(hang_after_lines=1)
+    hanging = [tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)) for _ in range(24)]
+    eventually(lambda: arena.stats()["running"] == 24, "24 calls at the site at once")
+    for exchange in hanging:
+        tab.send(type="abort", id=exchange.number)
+    assert {tab.finish(exchange).outcome["reason"] for exchange in hanging} == {"aborted"}  # type: ignore[index]
+    eventually(lambda: arena.stats()["aborted"] == 24, "24 aborted calls at the site")
+
+
+def test_an_abort_reaches_the_site_and_other_exchanges_go_on(tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(hang_after_lines=2, trouble_times=1)
+    hanging = tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))
+    eventually(lambda: hanging.body, "the first bytes")
+    other = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    assert other.outcome == {"type": "end", "id": 2}
+    assert hanging.outcome is None
+    tab.send(type="abort", id=hanging.number)
+    tab.send(type="abort", id=999)
+    assert tab.finish(hanging).outcome | {"message": ""} == {  # type: ignore[operator]
+        "type": "error", "id": 1, "reason": "aborted", "message": "",
+    }  # fmt: skip
+    eventually(
+        lambda: [s["outcome"] for s in arena.record()] == ["aborted", "complete"], "the abort at the site"
+    )
+
+
+def test_a_lost_program_aborts_what_runs(
+    page: Page, tab: Connection, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    arena.switch(hang_after_lines=1)
+    tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))
+    eventually(lambda: arena.stats()["running"] == 1, "a running call")
+    bridge.stop()
+    eventually(lambda: arena.stats()["aborted"] == 1, "the abort at the site")
+
+
+REFUSED = {
+    "another method": ("GET", CREATE_PATH),
+    "lower case": ("post", CREATE_PATH),
+    "delete": ("DELETE", CREATE_PATH),
+    "another path": ("POST", "/nextjs-api/sign-out"),
+    "a page": ("POST", "/"),
+    "prefix only": ("POST", "/nextjs-api/stream/"),
+    "look-alike": ("POST", "/nextjs-api/streams/create-evaluation"),
+    "another prefix": ("POST", "/x/nextjs-api/stream/create-evaluation"),
+    "no slash": ("POST", "nextjs-api/stream/create-evaluation"),
+    "another origin": ("POST", "https://example.com/nextjs-api/stream/create-evaluation"),
+    "own origin spelled out": ("POST", SITE + CREATE_PATH),
+    "scheme-relative": ("POST", "//example.com/nextjs-api/stream/create-evaluation"),
+    "two slashes": ("POST", "/nextjs-api/stream//create-evaluation"),
+    "dots": ("POST", "/nextjs-api/stream/../sign-out"),
+    "one dot": ("POST", "/nextjs-api/stream/./create-evaluation"),
+    "encoded dots": ("POST", "/nextjs-api/stream/%2e%2e/sign-out"),
+    "half-encoded dots": ("POST", "/nextjs-api/stream/.%2E/sign-out"),
+    "encoded slash": ("POST", "/nextjs-api/stream/..%2fsign-out"),
+    "backslash": ("POST", "/nextjs-api/stream/..\\sign-out"),
+    "leading backslash": ("POST", "/\\example.com/nextjs-api/stream/x"),
+    "tab inside": ("POST", "/nextjs-api/stream/.\t./sign-out"),
+    "line end": ("POST", CREATE_PATH + "\n"),
+    "fragment": ("POST", CREATE_PATH + "#x"),
+    "blank": ("POST", " " + CREATE_PATH),
+}
+
+
+def test_only_streaming_calls_of_this_origin_are_relayed(
+    page: Page, tab: Connection, arena: ArenaProcess
+) -> None:
+    seen: list[str] = []
+    page.on("request", lambda request: seen.append(request.url))
+    for name, (method, path) in REFUSED.items():
+        refused = tab.finish(tab.fetch(path, "{}", method))
+        outcome = refused.outcome or {}
+        assert (refused.events, outcome["reason"]) == (["error"], "refused"), name
+        assert "not relayed" in outcome["message"], name
+    tab.send(type="fetch", id=500, method="POST", path=CREATE_PATH, body={"not": "text"})
+    assert tab.first("error", id=500)["reason"] == "refused"
+    tab.send(type="fetch", id=501, method=None, path=None, body="{}")
+    assert tab.first("error", id=501)["reason"] == "refused"
+    page.evaluate(
+        "document.head.append(Object.assign(document.createElement('base'), {href: 'https://example.com'}))"
+    )
+    older = tab.finish(tab.fetch("/api/stream/create-evaluation", create_body(CHAT_MODEL), number=502))
+    assert older.head
+    assert older.head["status"] == 200
+    page.evaluate("0")  # lets the requests be told
+    assert [url for url in seen if "/_" not in url] == [SITE + "/api/stream/create-evaluation"]
+    assert len(arena.record()) == 1
+
+
+def test_an_id_in_use_is_refused(tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(hang_after_lines=1)
+    tab.fetch(CREATE_PATH, create_body(CHAT_MODEL), number=7)
+    eventually(lambda: arena.stats()["running"] == 1, "a running call")
+    tab.fetch(CREATE_PATH, create_body(CHAT_MODEL), number=7)
+    assert tab.first("error", id=7)["reason"] == "refused"
+    assert arena.stats()["creates"] == 1
+
+
+def test_a_redirect_is_not_followed(tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(failures={"*": {"status": 302, "headers": {"location": "/nextjs-api/stream/elsewhere"}}})
+    refused = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    assert refused.outcome == {"type": "error", "id": 1, "reason": "refused", "message": "redirected"}
+    assert refused.events == ["error"]
+
+
+def test_a_network_failure_is_an_error_of_that_exchange(page: Page, tab: Connection) -> None:
+    network = page.context.new_cdp_session(page)
+    network.send("Network.enable")
+    network.send("Network.setBlockedURLs", {"urls": ["*create-evaluation*"]})
+    failed = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    assert failed.outcome
+    assert failed.outcome["reason"] == "network"
+    assert failed.outcome["message"]
+    network.send("Network.setBlockedURLs", {"urls": []})
+    assert tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))).outcome == {"type": "end", "id": 2}
+
+
+def test_large_bodies_pass_both_ways_in_frames_of_a_megabyte(tab: Connection, arena: ArenaProcess) -> None:
+    line = f"a0:{json.dumps('大' * 1_200_000, ensure_ascii=False)}\n"
+    arena.switch(raw={"*": line * 3 + 'ad:{"finishReason":"stop"}\n'})
+    exchange = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL, "长" * 2_000_000)))
+    assert exchange.outcome == {"type": "end", "id": 1}
+    assert bytes(exchange.body) == (line * 3).encode() + b'ad:{"finishReason":"stop"}\n'
+    assert max(len(frame) for frame in tab.frames) <= LONGEST_FRAME_BYTES
+    assert len(arena.record()[-1]["body"]["messages"][0]["content"]) == 2_000_000
+
+
+def test_a_program_that_is_behind_is_waited_for(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    line = "a0:" + json.dumps("x" * 65_000) + "\n"
+    raw = line * 900 + 'ad:{"finishReason":"stop"}\n'
+    watch = (
+        "window.WebSocket = class extends WebSocket { constructor(u) { super(u); window.watched = this; } };"
+    )
+    with browser.profile(bridge, before=watch) as profile:
+        page = profile.new_page()
+        sign_in(page)
+        wait_status(page, "ready")
+        arena.switch(raw={"*": raw})
+        connection = bridge.connected()
+        bridge.reading = False
+        exchange = connection.fetch(CREATE_PATH, create_body(CHAT_MODEL))
+        page.wait_for_function("watched.bufferedAmount > 8 * 2 ** 20")
+        page.wait_for_timeout(1500)
+        # Chromium itself takes what the site sends, up to some 50 MB; the script has stopped reading it.
+        assert page.evaluate("watched.bufferedAmount") < 10 * 2**20
+        bridge.reading = True
+        assert connection.finish(exchange).outcome == {"type": "end", "id": 1}
+        assert bytes(exchange.body) == raw.encode()
+
+
+def test_what_arrives_together_goes_out_in_one_frame(
+    page: Page, tab: Connection, arena: ArenaProcess
+) -> None:
+    arena.switch(raw={"*": 'a0:"x"\n' * 2000 + 'ad:{"finishReason":"stop"}\n'})
+    exchange = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    pieces = sum(len(records_of(frame)) for frame in tab.frames)
+    assert exchange.body.count(b"\n") == 2001
+    assert len(tab.frames) <= pieces < 2001
+
+
+# ==== Captures ==============================================================================================
+
+
+def test_conversations_by_hand_are_captured(page: Page, tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(chunk_bytes=1)
+    account = hash_of(user_id(page))
+    page.select_option("#model", CHAT_MODEL)
+    assert chat(page, MIXED_TEXT)["answer"].endswith(MIXED_TEXT)
+    first = tab.first("captured")
+    created = arena.record()[0]["body"]
+    assert first == {
+        "type": "captured", "session_id": created["id"], "message_id": created["modelAMessageId"],
+        "model_id": CHAT_MODEL, "mode": "direct", "account": account,
+    }  # fmt: skip
+    retry_by_hand(page)
+    eventually(lambda: len(tab.all("captured")) == 2, "the retry's capture")
+    assert tab.all("captured")[1] == first
+    chat(page, "more")
+    eventually(lambda: len(tab.all("captured")) == 3, "the further message's capture")
+    further = arena.record()[-1]["body"]
+    assert tab.all("captured")[2] == first | {"message_id": further["modelAMessageId"]}
+    assert first["message_id"] != further["modelAMessageId"]
+
+
+def test_other_modes_are_captured_as_what_they_are(page: Page, tab: Connection, arena: ArenaProcess) -> None:
+    for mode in ("side-by-side", "battle"):
+        page.click("#new-chat")
+        page.select_option("#mode", mode)
+        before = len(tab.all("captured"))
+        assert chat(page, "Hi")["status"] == "done"
+        chat(page, "more")
+        eventually(lambda: len(tab.all("captured")) == before + 2, f"captures in {mode}")  # noqa: B023
+        assert [m["mode"] for m in tab.all("captured")[before:]] == [mode, mode]
+    # Loaded anew, the script has forgotten the mode: the answer of two models shows that it is not direct.
+    page.click("#new-chat")
+    page.select_option("#mode", "side-by-side")
+    chat(page, "Hi")
+    page.reload()
+    wait_status(page, "ready")
+    page.wait_for_selector("#retry:not([disabled])")
+    chat(page, "more")
+    again = tab.bridge.connected()
+    assert again.first("captured")["mode"] == "side-by-side"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"a3": "boom", "a3_after_lines": 1},
+        {"cut_after_lines": 1},
+        {"finish_reason": "error"},
+        {"failures": {"*": {"status": 500}}},
+    ],
+    ids=lambda trouble: next(iter(trouble)),
+)
+def test_an_answer_that_fails_is_not_captured(
+    page: Page, tab: Connection, arena: ArenaProcess, trouble: dict[str, Any]
+) -> None:
+    arena.switch(**trouble)
+    chat(page, "Hi")
+    arena.reset()
+    page.click("#new-chat")
+    chat(page, "Hi")
+    tab.first("captured")
+    assert [m["session_id"] for m in tab.all("captured")] == [arena.record()[0]["session_id"]]
+
+
+def test_what_the_program_itself_opens_is_not_captured(
+    page: Page, tab: Connection, arena: ArenaProcess
+) -> None:
+    tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    page.click("#new-chat")
+    chat(page, "by hand")
+    assert tab.first("captured")["session_id"] == arena.record()[-1]["session_id"]
+    assert len(tab.all("captured")) == 1
+
+
+CALLS = {
+    "string": "fetch(path, {method: 'POST', body, headers})",
+    "url": "fetch(new URL('/api/stream/create-evaluation', location), {method: 'post', headers, body})",
+    "request": "fetch(new Request(path, {method: 'POST', body, headers}))",
+    "request, init": "fetch(new Request(path, {method: 'PUT', body: 'x', headers}), {method: 'POST', body})",
+    "bytes": "fetch(path, {method: 'POST', body: new TextEncoder().encode(body), headers})",
+    "blob": "window.fetch(path, {method: 'POST', body: new Blob([body]), headers})",
+}
+GIVEN = f"const path = '{CREATE_PATH}', headers = {{'Content-Type': 'text/plain;charset=UTF-8'}};"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_way_to_call_fetch_is_captured(page: Page, tab: Connection, call: str) -> None:
+    body = create_body(CHAT_MODEL, MIXED_TEXT)
+    script = f"async body => {{ {GIVEN} return await (await {CALLS[call]}).text(); }}"
+    assert "ad:" in page.evaluate(script, json.dumps(body))
+    captured = tab.first("captured")
+    assert (captured["session_id"], captured["message_id"]) == (body["id"], body["modelAMessageId"])
+
+
+def answering(body: str) -> Callable[[Route], None]:
+    return lambda route: route.fulfill(body=body)
+
+
+def test_modes_are_told_by_shape_when_nothing_names_them(
+    page: Page, tab: Connection, arena: ArenaProcess
+) -> None:
+    session, message, user = new_ids()
+    ending = 'ad:{"finishReason":"stop"}\n'
+    system = {"role": "system", "participantPosition": "b", "content": ""}
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"modelId": "m", "messages": [system]}, ending, "direct"),
+        ({"modelId": "m", "messages": [system | {"role": "assistant"}]}, ending, "side-by-side"),
+        ({"modelBMessageId": user}, ending, "side-by-side"),
+        ({"messages": []}, 'b0:"x"\n' + ending, "side-by-side"),
+        ({}, 'a0:"b0:"\n' + ending.rstrip(), "direct"),
+    ]
+    for count, (body, answer, mode) in enumerate(cases):
+        path = f"/nextjs-api/stream/retry-evaluation-session-message/{session}/messages/{message}"
+        page.route("**" + path, answering(answer))
+        page.evaluate(
+            "([path, body]) => fetch(path, {method: 'PUT', body}).then(r => r.text())",
+            [path, json.dumps(body)],
+        )
+        eventually(lambda: len(tab.all("captured")) == count + 1, f"capture {count}")  # noqa: B023
+        page.unroute("**" + path)
+        assert tab.all("captured")[-1]["mode"] == mode, body
+        assert tab.all("captured")[-1]["model_id"] == body.get("modelId")
+        assert tab.all("captured")[-1]["message_id"] == message
+
+
+def test_captures_wait_for_the_program(
+    page: Page, tab: Connection, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    bridge.stop()
+    for _ in range(2):
+        page.click("#new-chat")
+        chat(page, "Hi")
+    before = len(bridge.connections)
+    bridge.start()
+    later = bridge.connection(before)
+    eventually(lambda: len(later.all("captured")) == 2, "both captures")
+    assert [m["session_id"] for m in later.all("captured")] == [s["session_id"] for s in arena.record()]
+
+
+def test_the_page_sees_the_fetch_it_knows(page: Page, tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(chunk_bytes=5)
+    body = json.dumps(create_body(CHAT_MODEL, MIXED_TEXT))
+    told = page.evaluate(
+        """async body => {
+          const frame = document.body.appendChild(document.createElement("iframe"));
+          const native = frame.contentWindow.fetch;
+          const path = "/nextjs-api/stream/create-evaluation";
+          const looks = (f, owner) => {
+            const { writable, enumerable, configurable } = Object.getOwnPropertyDescriptor(owner, "fetch");
+            return JSON.stringify([f.name, f.length, String(f), f.toString(), typeof f, Object.keys(f),
+              Object.getOwnPropertyNames(f), "prototype" in f, writable, enumerable, configurable]);
+          };
+          const fails = async (f, ...args) => {
+            try { await f(...args); return "no error"; } catch (error) {
+              return `${error.name}: ${error.message.replace(/'Window'/g, "")}`;
+            }
+          };
+          const aborted = () => ({ method: "POST", body: "{}", signal: AbortSignal.abort() });
+          const bad = [[], ["https://["], [path, { method: "GET", body: "x" }],
+                       [path, { method: "BAD METHOD" }], [path, aborted()], ["data:nonsense"],
+                       [{ toString() { throw new RangeError("mine"); } }]];
+          const failures = [], expected = [];
+          for (const args of bad) {
+            failures.push(await fails(fetch, ...args));
+            expected.push(await fails(native, ...args));
+          }
+          const used = new Request(path, { method: "POST", body: "{}" });
+          await used.text();
+          failures.push(await fails(fetch, used));
+          failures.push(await fails((...a) => Reflect.apply(fetch, {}, a), path));
+          expected.push(await fails(native, used), await fails((...a) => Reflect.apply(native, {}, a), path));
+          const headers = { "Content-Type": "text/plain;charset=UTF-8" };
+          const promise = fetch(path, { method: "POST", body, headers });
+          const response = await promise;
+          const [copy, decoder] = [response.clone(), new TextDecoder()];
+          const reader = response.body.getReader();
+          let text = "";
+          for (let part; !(part = await reader.read()).done; ) {
+            text += decoder.decode(part.value, { stream: true });
+          }
+          const leaked = Object.keys(window).filter(key => /proxy/i.test(key));
+          return { seen: looks(fetch, window), known: looks(native, frame.contentWindow),
+                   failures, expected, isPromise: Object.getPrototypeOf(promise) === Promise.prototype,
+                   isResponse: Object.getPrototypeOf(response) === Response.prototype, url: response.url,
+                   whole: text === await copy.text(), text, leaked };
+        }""",
+        body,
+    )
+    assert told["seen"] == told["known"]
+    assert told["failures"] == told["expected"]
+    assert told["isPromise"]
+    assert told["isResponse"]
+    assert told["whole"]
+    assert told["leaked"] == []
+    assert told["url"] == SITE + CREATE_PATH
+    assert told["text"].startswith("af:")
+    tab.first("captured")
+
+
+def test_the_page_reads_an_answer_while_it_runs_and_can_stop_it(
+    page: Page, tab: Connection, arena: ArenaProcess
+) -> None:
+    arena.switch(hang_after_lines=1)
+    stopped = page.evaluate(
+        """async body => {
+          const controller = new AbortController();
+          const headers = { "Content-Type": "text/plain;charset=UTF-8" };
+          const call = { method: "POST", body, headers, signal: controller.signal };
+          const reader = (await fetch("/nextjs-api/stream/create-evaluation", call)).body.getReader();
+          const first = await reader.read();
+          controller.abort();
+          return [first.value.length, await reader.read().catch(error => error.name)];
+        }""",
+        json.dumps(create_body(CHAT_MODEL)),
+    )
+    assert stopped[0] > 0
+    assert stopped[1] == "AbortError"
+    eventually(lambda: arena.stats()["aborted"] == 1, "the abort at the site")
+    assert tab.all("captured") == []
+
+
+def test_a_page_that_wraps_everything_reads_nothing(page: Page, tab: Connection) -> None:
+    page.evaluate(
+        """() => {
+          window.stolen = [];
+          const spy = (owner, name) => {
+            const native = owner[name];
+            owner[name] = function (...args) { stolen.push(name); return Reflect.apply(native, this, args); };
+          };
+          spy(WebSocket.prototype, "send"); spy(JSON, "parse"); spy(JSON, "stringify"); spy(window, "fetch");
+          spy(Response.prototype, "clone"); spy(ReadableStream.prototype, "getReader");
+          spy(ReadableStreamDefaultReader.prototype, "read"); spy(TextDecoder.prototype, "decode");
+          spy(Uint8Array.prototype, "set"); spy(crypto.subtle, "digest");
+          spy(MessagePort.prototype, "postMessage");
+          const data = Object.getOwnPropertyDescriptor(MessageEvent.prototype, "data").get;
+          const get = function () { stolen.push("data"); return data.call(this); };
+          Object.defineProperty(MessageEvent.prototype, "data", { get });
+        }"""
+    )
+    assert tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))).outcome == {"type": "end", "id": 1}
+    assert page.evaluate("stolen") == []
+
+
+# ==== Model list ============================================================================================
+
+
+@pytest.mark.parametrize("unescaped", [False, True])
+def test_the_page_s_models_are_sent_in_both_forms(
+    page: Page, arena: ArenaProcess, bridge: ScriptedBridge, unescaped: bool
+) -> None:
+    arena.switch(unescaped_models=unescaped)
+    sign_in(page)
+    connection = eventually(lambda: next((c for c in bridge.connections if c.all("models")), None), "models")
+    assert connection.all("models")[0]["models"] == MODELS
+    connection.send(type="send_models")
+    eventually(lambda: len(connection.all("models")) == 2, "the list again")
+    assert connection.all("models")[1]["models"] == MODELS
+
+
+def test_a_list_cut_over_several_scripts_is_put_together(page: Page, bridge: ScriptedBridge) -> None:
+    listed = [
+        {"id": "1", "publicName": 'a"]}[\\ 模型'},
+        {"id": 2, "publicName": "no"},
+        None,
+        {"id": "3", "publicName": "é"},
+    ]
+    row = f'7:["$",{{"initialModels":{json.dumps(listed, ensure_ascii=False)},"initialModelAId":"1"}}]\n'
+    pushes = [f"self.__next_f.push([1,{json.dumps(piece)}])" for piece in (row[:50], row[50:77], row[77:])]
+    html = "".join(
+        f"<script>{push}</script>" for push in ["self.__next_f = []", "'initialModels:[broken'", *pushes]
+    )
+    # Playwright's own answer comes from no address: to Chromium that is a public one.
+    page.context.grant_permissions(["local-network-access"], origin=SITE)
+    page.route(
+        SITE + "/", lambda route: route.fulfill(body=f"<!doctype html><body>{html}", content_type="text/html")
+    )
+    page.goto(SITE)
+    assert bridge.connection().first("models")["models"] == [listed[0], listed[3]]
+
+
+def test_a_page_without_models_says_so_only_when_asked(page: Page, bridge: ScriptedBridge) -> None:
+    page.goto(SITE)
+    wait_status(page, "sign_in")
+    assert bridge.connection().all("models") == []
+    bridge.connection().send(type="send_models")
+    assert bridge.connection().first("models")["models"] == []
+
+
+# ==== Connection and tabs ===================================================================================
+
+
+def test_one_tab_leads_and_the_next_takes_over(profile: BrowserContext, page: Page, tab: Connection) -> None:
+    second = profile.new_page()
+    second.goto(SITE)
+    wait_status(second, "standing_by")
+    chat(second, "in the second tab")
+    captured = tab.first("captured")
+    assert captured["session_id"] in second.url
+    before = len(tab.bridge.connections)
+    page.close()
+    successor = tab.bridge.connection(before)
+    successor.wait_state("ready")
+    wait_status(second, "ready")
+    second.click("#new-chat")
+    chat(second, "again")
+    successor.first("captured")
+    assert len(successor.all("captured")) == 1
+
+
+def test_captures_of_a_tab_that_stands_by_wait_for_the_leader(
+    profile: BrowserContext, page: Page, tab: Connection, bridge: ScriptedBridge
+) -> None:
+    second = profile.new_page()
+    second.goto(SITE)
+    wait_status(second, "standing_by")
+    bridge.stop()
+    chat(second, "nobody listens")
+    before = len(bridge.connections)
+    bridge.start()
+    assert bridge.connection(before).first("captured")["session_id"] in second.url
+    assert len(bridge.connection(before).all("captured")) == 1
+
+
+def test_the_script_comes_back_when_the_program_does(
+    page: Page, tab: Connection, bridge: ScriptedBridge
+) -> None:
+    bridge.stop()
+    wait_status(page, "not_running")
+    before = len(bridge.connections)
+    bridge.start()
+    again = bridge.connection(before)
+    wait_status(page, "ready")
+    assert again.first("hello")["state"] == "ready"
+    assert again.finish(again.fetch(CREATE_PATH, create_body(CHAT_MODEL))).outcome == {"type": "end", "id": 1}
+
+
+def test_another_protocol_stops_the_script(page: Page, bridge: ScriptedBridge) -> None:
+    bridge.close_code = 4001
+    page.goto(SITE)
+    wait_status(page, "reinstall")
+    bridge.close_code = None
+    page.wait_for_timeout(3000)  # longer than the first pause between tries
+    assert len(bridge.connections) == 1
+    assert status_of(page) == "reinstall"
+
+
+def test_a_stopped_tab_lets_another_lead(profile: BrowserContext, page: Page, bridge: ScriptedBridge) -> None:
+    bridge.close_code = 4001
+    page.goto(SITE)
+    wait_status(page, "reinstall")
+    bridge.close_code = None
+    second = profile.new_page()
+    second.goto(SITE)
+    wait_status(second, "sign_in")
+
+
+def test_a_page_from_the_back_button_connects_again(
+    page: Page, tab: Connection, bridge: ScriptedBridge
+) -> None:
+    page.goto("about:blank")
+    eventually(lambda: tab.closed, "the end of the connection")
+    before = len(bridge.connections)
+    page.go_back()
+    bridge.connection(before).wait_state("ready")
+    wait_status(page, "ready")
+
+
+def test_a_frame_inside_the_page_does_not_connect(
+    page: Page, tab: Connection, bridge: ScriptedBridge
+) -> None:
+    before = len(bridge.connections)
+    page.evaluate(
+        """url => new Promise(loaded => {
+          const frame = document.createElement("iframe");
+          frame.src = url; frame.onload = loaded; document.body.append(frame);
+        })""",
+        SITE + "/",
+    )
+    tab.send(type="ping", t=1)
+    tab.first("pong")
+    assert len(bridge.connections) == before
+    assert len(page.frames) == 2
+    assert page.frames[1].evaluate(f"document.querySelector('{BADGE}')") is None
+
+
+def test_a_policy_of_the_page_is_named(page: Page, arena: ArenaProcess) -> None:
+    arena.switch(page_csp=True)
+    sign_in(page)
+    wait_status(page, "policy_forbids")
+
+
+def test_at_a_check_that_forbids_the_connection_the_check_is_what_is_due(
+    page: Page, arena: ArenaProcess
+) -> None:
+    arena.switch(check=True, check_csp=True)
+    page.goto(SITE)
+    wait_status(page, "verification")
+    page.click("#pass-check")
+    wait_status(page, "sign_in")
+
+
+def test_a_browser_that_blocks_the_local_network_is_named(
+    playwright: Playwright, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    flag = f"--ip-address-space-overrides=127.0.0.1:{arena.port}=public"
+    public = UserscriptBrowser(playwright, arena, flag)  # another browser: flags hold for a whole one
+    try:
+        with public.profile(bridge) as profile:
+            page = profile.new_page()
+            sign_in(page)
+            wait_status(page, "permission_denied")
+            profile.grant_permissions(["local-network-access"], origin=SITE)
+            wait_status(page, "ready")
+            assert bridge.connection().first("hello")["state"] == "ready"
+    finally:
+        public.browser.close()
+
+
+# ==== Badge =================================================================================================
+
+
+def test_the_badge_survives_a_page_that_renders_itself_anew(page: Page, tab: Connection) -> None:
+    page.evaluate(f"document.querySelector('{BADGE}').remove()")
+    wait_status(page, "ready")
+    page.evaluate("document.documentElement.replaceChildren(document.createElement('body'))")
+    wait_status(page, "ready")
+    assert page.locator(BADGE).count() == 1
+
+
+def test_the_badge_is_closed_and_stays_collapsed(page: Page, tab: Connection) -> None:
+    assert page.evaluate(f"document.querySelector('{BADGE}').shadowRoot") is None
+    host = page.locator(BADGE)
+    open_box = host.bounding_box()
+    assert open_box
+    assert open_box["x"] < 20
+    page.mouse.click(open_box["x"] + 15, open_box["y"] + 15)
+    collapsed = host.bounding_box()
+    assert collapsed
+    assert collapsed["width"] < 40 < open_box["width"]
+    page.reload()
+    wait_status(page, "ready")
+    again = host.bounding_box()
+    assert again
+    assert again["width"] == collapsed["width"]
+    page.mouse.click(again["x"] + 15, again["y"] + 15)
+    assert host.bounding_box() == open_box
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_badge_fits_the_window(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge, width: int
+) -> None:
+    bridge.stop()
+    with browser.profile(bridge, viewport={"width": width, "height": 700}, locale="zh-CN") as profile:
+        page = profile.new_page()
+        page.goto(SITE)
+        wait_status(page, "not_running")
+        box = page.locator(BADGE).bounding_box()
+        assert box
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        assert box["y"] + box["height"] <= 700
+        assert page.evaluate(f"document.querySelector('{BADGE}').lang") == "zh-CN"
+
+
+# ==== Where the line is =====================================================================================
+
+
+def test_the_script_does_nothing_that_only_the_person_may_do() -> None:
+    text = (ROOT / "bridge.user.js").read_text(encoding="utf-8")
+    written = ["innerHTML", "document.cookie", "cookieStore.set", "eval(", "Function("]
+    done = ["dispatchEvent", ".click(", "turnstile", "grecaptcha"]
+    for forbidden in written + done:
+        assert forbidden not in text, forbidden
+
+
+def test_the_program_finds_the_lines_it_fills_in() -> None:
+    lines = [line.strip() for line in (ROOT / "bridge.user.js").read_text(encoding="utf-8").splitlines()]
+    for line in (
+        'const BRIDGE_URL = "ws://127.0.0.1:9081/";',
+        'const INSTALL_URL = "http://127.0.0.1:9080/bridge.user.js";',
+        'const AUTH_COOKIE = "arena-auth-prod-v1";',
+    ):
+        assert lines.count(line) == 1
+    assert "// @version      1.0.0" in lines
+    assert 'const VERSION = "1.0.0";' in lines
