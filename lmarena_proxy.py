@@ -55,7 +55,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
 from urllib.parse import urlsplit
 
 import hypercorn.config
@@ -126,7 +126,7 @@ class ApiError(Exception):
         self.http_status = self.status if status is None else status
         self.error_code = self.code if code is None else code
         self.param = param
-        self.retry_after = None if retry_after is None else max(1, min(60, math.ceil(retry_after)))
+        self.retry_after = None if retry_after is None else max(1, math.ceil(min(60, retry_after)))
         self.may_retry = may_retry
 
 
@@ -163,7 +163,7 @@ class ArenaError(ApiError):
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=10_000_000)]
 Glob = str
 
 
@@ -264,13 +264,25 @@ def _config_error(message: str, tables: dict[str, Any]) -> ConfigError:
     """Turn msgspec's "Expected `int`, got `str` - at `$.server.port`" into key, value and expectation."""
     text, _, where = message.partition(" - at `$")
     key = where.rstrip("`").lstrip(".")
-    if unknown := re.search(r"unknown field `(.+)`", text):
-        key = ".".join(filter(None, (key, unknown[1])))
-        text = "no such key (see config.toml for all of them)"
     value: Any = tables
     for name in re.findall(r"[^.\[\]]+", key):
         value = value[int(name) if isinstance(value, list) else name]
+    if unknown := re.search(r"unknown field `(.*)`", text, re.DOTALL):
+        key = ".".join(filter(None, (key, unknown[1] or '""')))
+        value = value[unknown[1]]
+        text = "no such key (config.toml has them all)"
     return ConfigError(key or "config", value, re.sub(r"^Expected ", "", text).replace("`", ""))
+
+
+def _check_path(key: str, path: str, *names: str) -> None:
+    try:
+        filled = path.format(session_id="S", message_id="M") if names else path
+    except (LookupError, ValueError):
+        filled = ""
+    is_relayed = filled.startswith(RELAYED_PREFIXES) and ".." not in filled.split("/")
+    if not is_relayed or not all(name in path for name in names):
+        wanted = f"a path under {' or '.join(RELAYED_PREFIXES)}"
+        raise ConfigError(key, path, f"{wanted} with {' and '.join(names)}" if names else wanted)
 
 
 def parse_config(tables: dict[str, Any]) -> Config:
@@ -285,14 +297,8 @@ def parse_config(tables: dict[str, Any]) -> Config:
     for section, host in (("server", config.server.host), ("bridge", config.bridge.host)):
         if host not in LOOPBACK_HOSTS and not config.server.api_key:
             raise ConfigError(f"{section}.host", host, "a loopback address, or server.api_key set beside it")
-    for key, path, names in (
-        ("arena.create_path", config.arena.create_path, ()),
-        ("arena.retry_path", config.arena.retry_path, ("{session_id}", "{message_id}")),
-    ):
-        if not path.startswith(RELAYED_PREFIXES) or not all(name in path for name in names):
-            raise ConfigError(
-                key, path, f"a path under {' or '.join(RELAYED_PREFIXES)} {' '.join(names)}".strip()
-            )
+    _check_path("arena.create_path", config.arena.create_path)
+    _check_path("arena.retry_path", config.arena.retry_path, "{session_id}", "{message_id}")
     return config
 
 
@@ -319,6 +325,11 @@ def read_config(path: Path, overrides: Mapping[tuple[str, str], object]) -> Conf
 Modality = Literal["chat", "image", "video", "search"]
 
 
+def _object(value: object) -> dict[str, Any]:
+    """A JSON object, or an empty one where something else stands."""
+    return value if isinstance(value, dict) else {}
+
+
 class Model(msgspec.Struct, frozen=True):
     """One model of the site. Several may share a name: text-to-video and image-to-video."""
 
@@ -338,18 +349,16 @@ class Model(msgspec.Struct, frozen=True):
         for key in ("id", "publicName"):
             if not isinstance(entry.get(key), str) or not entry[key]:
                 raise ValueError(f"expected a non-empty string as {key}, got {entry.get(key)!r}")
-        capabilities = entry.get("capabilities")
-        capabilities = capabilities if isinstance(capabilities, dict) else {}
-        inputs = capabilities.get("inputCapabilities") or {}
-        outputs = capabilities.get("outputCapabilities") or {}
+        capabilities = _object(entry.get("capabilities"))
+        outputs = _object(capabilities.get("outputCapabilities"))
         # True, or an object with conditions; absent or false when the model takes no image.
-        image = inputs.get("image")
-        conditions = image if isinstance(image, dict) else {}
+        image = _object(capabilities.get("inputCapabilities")).get("image")
+        conditions = _object(image)
         return cls(
             id=entry["id"],
             name=entry["publicName"],
             modality=next((kind for kind in ("search", "image", "video") if outputs.get(kind)), "chat"),
-            takes_image=bool(image) or isinstance(image, dict),
+            takes_image=bool(image),
             takes_many_images=conditions.get("multipleImages") is not False,
             requires_image=conditions.get("requiresUpload") is True,
             organization=str(entry.get("organization") or "lmarena"),
@@ -403,8 +412,11 @@ class Catalog:
             return [self._by_id[name]]
         return self._by_name.get(name, [])
 
-    def resolve(self, name: str, images: int) -> Model:
-        """The model for a request that carries this many images. Raises ClientError, saying what would do."""
+    def resolve(self, name: str, images: int, last_images: int = 0) -> Model:
+        """The model for a request with so many images, so many of them in its last message.
+
+        Raises ClientError, saying what would do.
+        """
         models = self.named(name)
         if not models:
             close = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.5)
@@ -416,8 +428,8 @@ class Catalog:
         model = max(models, key=lambda each: each.takes_image == bool(images))
         if images and not model.takes_image:
             raise ClientError(f"The model {name!r} takes no images.", param="messages")
-        if images > 1 and not model.takes_many_images:
-            raise ClientError(f"The model {name!r} takes one image, but got {images}.", param="messages")
+        if last_images > 1 and not model.takes_many_images:
+            raise ClientError(f"The model {name!r} takes one image, but got {last_images}.", param="messages")
         if model.requires_image and not images:
             raise ClientError(
                 f"The model {name!r} works on an image: send one with the request.", param="messages"
@@ -596,6 +608,9 @@ _REFUSAL_KINDS: dict[int, RefusalKind] = {
 }
 
 
+_LONGEST_RETRY_AFTER_SECONDS = 86_400.0
+
+
 def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
     """Classify an answer whose status is not 200, by the contract's table. Header names are lower case."""
     reply = body.decode("utf-8", "replace")
@@ -604,11 +619,27 @@ def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusa
     kind = _REFUSAL_KINDS.get(status, "failed")
     if is_challenge and status in (403, 429, 503):
         kind = "challenge"
+    elif kind == "gone" and is_html:
+        kind = "failed"  # Only JSON says that a conversation is gone; this is some gateway's page.
     try:
-        seconds: float | None = max(0.0, float(headers.get("retry-after", "")))
-    except ValueError:
-        seconds = None
-    return Refusal(kind, status, reply, seconds)
+        seconds = float(headers["retry-after"])
+    except (KeyError, ValueError):
+        seconds = math.nan
+    retry_after = min(_LONGEST_RETRY_AFTER_SECONDS, max(0.0, seconds)) if math.isfinite(seconds) else None
+    return Refusal(kind, status, reply, retry_after)
+
+
+def _forgiving_json(value: bytes) -> Any:
+    """Decode JSON as the standard library does, broken UTF-8 replaced; None when it is not JSON."""
+    try:
+        return json.loads(value.decode("utf-8", "replace"), strict=False)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _whole_characters(text: str) -> str:
+    """Join the halves of surrogate pairs; a half that stays alone becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamError(Exception):
@@ -626,8 +657,9 @@ class ArenaStreamDecoder:
 
     def __init__(self) -> None:
         self._rest = bytearray()
-        self._high_surrogate = ""
-        self._tool_arguments: dict[str, str] = {}
+        # By kind of line: an emoji's first half, when its line ended there.
+        self._halves = {"text": "", "reasoning": ""}
+        self._tool_arguments: dict[str, list[str]] = {}
         self.is_finished = False
         self._kinds: dict[bytes, Callable[[bytes], Iterable[AnswerEvent]]] = {
             b"a0": self._text,
@@ -651,7 +683,7 @@ class ArenaStreamDecoder:
         events: list[AnswerEvent] = []
         for line in whole.split(b"\n"):
             self._decode_line(line, events)
-        return events
+        return self._join_texts(events) if len(events) > 1 else events
 
     def finish(self) -> list[AnswerEvent]:
         """Take the end of the body: a last line may lack its newline."""
@@ -664,41 +696,51 @@ class ArenaStreamDecoder:
         decode = self._kinds.get(line[:2])
         if decode is None or line[2:3] != b":" or self.is_finished:
             return
-        for event in decode(line[3:].rstrip(b"\r")):
-            last = events[-1] if events else None
-            if type(event) is Text and type(last) is Text:
-                events[-1] = Text(last.text + event.text)
-            else:
-                events.append(event)
+        events.extend(decode(line[3:].rstrip(b"\r")))
+
+    def _join_texts(self, events: list[AnswerEvent]) -> list[AnswerEvent]:
+        joined: list[AnswerEvent] = []
+        texts: list[str] = []
+        for event in [*events, None]:
+            if isinstance(event, Text):
+                texts.append(event.text)
+                continue
+            if texts:
+                joined.append(Text("".join(texts)))
+                texts.clear()
+            if event:
+                joined.append(event)
+        return joined
 
     def _text(self, value: bytes) -> Iterable[AnswerEvent]:
-        text = self._string(value)
+        text = self._string(value, "text")
         return (Text(text),) if text else ()
 
     def _reasoning(self, value: bytes) -> Iterable[AnswerEvent]:
-        text = self._string(value)
+        text = self._string(value, "reasoning")
         return (Reasoning(text),) if text else ()
 
-    def _failure(self, value: bytes) -> Iterable[AnswerEvent]:
-        self.is_finished = True
-        return (Failure(self._string(value) or value.decode("utf-8", "replace")),)
-
-    def _string(self, value: bytes) -> str:
+    def _string(self, value: bytes, kind: str) -> str:
         try:
             text: object = msgspec.json.decode(value)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            # Lone surrogates, raw control characters, broken UTF-8: rare, and the standard library forgives
-            # them.
+            if not self._halves[kind]:
+                return text if isinstance(text, str) else ""
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            # Lone surrogates, raw control characters, broken UTF-8: the standard library forgives them.
             text = _forgiving_json(value)
         if not isinstance(text, str):
             return ""
         # JavaScript cuts strings between UTF-16 units, so an emoji's halves may arrive in two lines.
-        text, self._high_surrogate = self._high_surrogate + text, ""
+        text, self._halves[kind] = self._halves[kind] + text, ""
         if "\ud800" <= text[-1:] <= "\udbff":
-            text, self._high_surrogate = text[:-1], text[-1]
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text
+            text, self._halves[kind] = text[:-1], text[-1]
+        return _whole_characters(text)
+
+    def _failure(self, value: bytes) -> Iterable[AnswerEvent]:
+        self.is_finished = True
+        message = _forgiving_json(value)
+        text = message if isinstance(message, str) else value.decode("utf-8", "replace")
+        return (Failure(_whole_characters(text)),)
 
     def _media(self, value: bytes) -> Iterator[AnswerEvent]:
         entries = _forgiving_json(value)
@@ -707,41 +749,40 @@ class ArenaStreamDecoder:
                 kind = entry.get("type")
                 url = entry.get("image") or entry.get("url")
                 if kind in ("image", "video") and isinstance(url, str):
-                    yield Media(kind, url)
+                    yield Media(kind, _whole_characters(url))
 
     def _sources(self, value: bytes) -> Iterator[AnswerEvent]:
         """Arguments of a tool call arrive as pieces of JSON text; they are read as soon as they are whole."""
         entry = _forgiving_json(value)
         if not isinstance(entry, dict) or not isinstance(entry.get("argsTextDelta"), str):
             return
-        call = str(entry.get("toolCallId"))
-        text = self._tool_arguments.pop(call, "") + entry["argsTextDelta"]
-        arguments = _forgiving_json(text.encode("utf-8", "replace"))
+        pieces = self._tool_arguments.setdefault(str(entry.get("toolCallId")), [])
+        pieces.append(entry["argsTextDelta"])
+        if not pieces[-1].rstrip().endswith("}"):
+            return  # Not the end yet: reading all of it for every piece would take quadratic time.
+        text = _whole_characters("".join(pieces))
+        arguments = _forgiving_json(text.encode())
         if arguments is None:
-            self._tool_arguments[call] = text[-self.LINE_LIMIT_BYTES :]
             return
-        sources = arguments.get("source") if isinstance(arguments, dict) else None
+        pieces.clear()
+        sources = _object(arguments).get("source")
         for source in sources if isinstance(sources, list) else ():
             if isinstance(source, dict) and isinstance(source.get("url"), str):
-                yield Source(str(source.get("title") or source["url"]), source["url"])
+                title = str(source.get("title") or source["url"])
+                yield Source(_whole_characters(title), _whole_characters(source["url"]))
 
     def _finish(self, value: bytes) -> Iterable[AnswerEvent]:
-        self.is_finished = True
         entry = _forgiving_json(value)
-        entry = entry if isinstance(entry, dict) else {}
-        usage = entry.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
+        if entry is None:
+            return ()  # Cut off inside the line.
+        self.is_finished = True
+        entry = _object(entry)
+        usage = _object(entry.get("usage"))
         counts = [usage.get(name) for name in ("promptTokens", "completionTokens")]
-        prompt, completion = (count if type(count) is int and count >= 0 else None for count in counts)
+        prompt, completion = (
+            count if type(count) is int and 0 <= count < 1 << 53 else None for count in counts
+        )
         return (Finish(str(entry.get("finishReason") or "unknown"), prompt, completion),)
-
-
-def _forgiving_json(value: bytes) -> Any:
-    """Decode JSON as the standard library does, broken UTF-8 replaced; None when it is not JSON."""
-    try:
-        return json.loads(value.decode("utf-8", "replace"), strict=False)
-    except (ValueError, RecursionError):
-        return None
 
 
 # ==========================================================================================================
@@ -848,7 +889,8 @@ def _read_attachment(part: ContentPart, path: str) -> Attachment:
     except ValueError:
         raise ClientError(f"{path}: the data: URL holds no valid base64.", param=path) from None
     subtype = match[1].removeprefix("image/").split("+")[0]
-    return Attachment(f"image-{uuid.uuid4().hex[:8]}.{subtype}", match[1], match[0])
+    url = f"data:{match[1]};base64,{match[2]}"
+    return Attachment(f"image-{uuid.uuid4().hex[:8]}.{subtype}", match[1], url)
 
 
 def read_messages(chat: ChatRequest) -> list[Message]:
@@ -943,8 +985,14 @@ class ChunkEncoder:
     def text(self, text: str) -> bytes:
         if len(text) <= self.TEXT_LIMIT:
             return self._content + _encode_json(text) + b"}" + self._after
+        return self._in_pieces("content", text)
+
+    def reasoning(self, text: str) -> bytes:
+        return self._in_pieces("reasoning_content", text)
+
+    def _in_pieces(self, name: str, text: str) -> bytes:
         starts = range(0, len(text), self.TEXT_LIMIT)
-        return b"".join([self.text(text[start : start + self.TEXT_LIMIT]) for start in starts])
+        return b"".join([self.delta({name: text[start : start + self.TEXT_LIMIT]}) for start in starts])
 
     def finish(self, reason: str) -> bytes:
         return self._before + b'{},"finish_reason":' + _encode_json(reason) + b"}]}\n\n"
@@ -992,6 +1040,7 @@ def error_object(error: ApiError, request_id: str) -> dict[str, object]:
 
 PROTOCOL = 1
 PageState = Literal["loading", "verification", "sign_in", "ready"]
+PAGE_STATES: tuple[PageState, ...] = get_args(PageState)
 
 
 class Frame(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
@@ -1000,7 +1049,8 @@ class Frame(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
 
 class Hello(Frame, frozen=True):
     protocol: int
-    state: PageState
+    # Another protocol may have other states: it is checked after the number.
+    state: str
     script: str = ""
     url: str = ""
     account: str | None = None
@@ -1348,7 +1398,7 @@ class _Write:
     def __init__(self, statement: str, parameters: tuple[Any, ...]) -> None:
         self.statement, self.parameters = statement, parameters
         self.done = trio.Event()
-        self.error: sqlite3.Error | None = None
+        self.error: Exception | None = None
 
 
 class Store:
@@ -1375,8 +1425,11 @@ class Store:
     def sessions(self) -> list[Session]:
         """All stored sessions, oldest first. For use before `run`."""
         fields = "session_id, message_id, model_id, account, source, created_at, last_used_at, uses"
-        rows = self._connection.execute(f"SELECT {fields} FROM sessions ORDER BY created_at, session_id")
-        return [Session(*row) for row in rows]
+        query = f"SELECT {fields} FROM sessions ORDER BY created_at, session_id"
+        try:
+            return [Session(*row) for row in self._connection.execute(query)]
+        except sqlite3.Error as error:
+            raise ConfigError("storage.path", str(self.path), f"a store that can be read ({error})") from None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write what is queued until `close`, then everything left, and close the file."""
@@ -1386,20 +1439,25 @@ class Store:
                 batch = [write]
                 while self._writes.statistics().current_buffer_used:
                     batch.append(self._writes.receive_nowait())
-                error = await trio.to_thread.run_sync(self._commit, batch)
-                if error:
-                    log.error("The store could not write %d records: %s", len(batch), error)
+                await trio.to_thread.run_sync(self._commit_all, batch)
                 for write in batch:
-                    write.error = error
+                    if write.error:
+                        log.error("The store could not write a record: %r", write.error)
                     write.done.set()
             await trio.to_thread.run_sync(self._connection.close)
 
-    def _commit(self, batch: Sequence[_Write]) -> sqlite3.Error | None:
+    def _commit_all(self, batch: Sequence[_Write]) -> None:
+        """Commit a batch at once or, if that fails, each record alone: one must not take others with it."""
+        if self._commit(batch):
+            for write in batch:
+                write.error = self._commit([write])
+
+    def _commit(self, batch: Sequence[_Write]) -> Exception | None:
         try:
             with self._connection:
                 for write in batch:
                     self._connection.execute(write.statement, write.parameters)
-        except sqlite3.Error as error:
+        except Exception as error:  # Also what cannot be bound: the writer must outlive any record.
             return error
         return None
 
@@ -1549,10 +1607,9 @@ class SessionPool:
         self._config, self._store, self._bus = config, store, bus
         self._pools: dict[str, ModelPool] = {}
         self._accounts: frozenset[str] = frozenset()
-        for session in store.sessions():
-            # Sessions of models that are left out this time stay in the store and are not loaded.
-            if catalog.get(session.model_id):
-                self.of(session.model_id).put(session)
+        # Sessions of models that are not served now: they stay in the store, and wait for the page's list.
+        self._unlisted = store.sessions()
+        self.merge_models(())
 
     def __iter__(self) -> Iterator[ModelPool]:
         return (self.of(model.id) for model in self.catalog)
@@ -1560,6 +1617,16 @@ class SessionPool:
     def __repr__(self) -> str:
         sessions = sum(len(pool.sessions) for pool in self)
         return f"<SessionPool of {sessions} sessions for {len(self.catalog)} models>"
+
+    def merge_models(self, models: Iterable[Model]) -> int:
+        """Lay a list over the catalog, and take up the stored sessions of new models. Returns the changes."""
+        changed = self.catalog.merge(models)
+        listed = [session for session in self._unlisted if self.catalog.get(session.model_id)]
+        self._unlisted = [session for session in self._unlisted if not self.catalog.get(session.model_id)]
+        for session in listed:
+            self.of(session.model_id).put(session)
+        self.set_accounts(self._accounts)
+        return changed
 
     def of(self, model_id: str) -> ModelPool:
         """A model's pool, made when first asked for."""
@@ -1645,8 +1712,10 @@ class SessionPool:
             self.retire(session, f"{session.failures} failures in a row, last: {reason}")
 
     def retire(self, session: Session, reason: str) -> None:
-        """Take a session out of the pool and the store for good."""
+        """Take a session out of the pool and the store for good, unless that has happened."""
         pool = self.of(session.model_id)
+        if pool.sessions.get(session.session_id) is not session:
+            return
         pool.drop(session)
         pool.resize(self._accounts)
         self._store.remove(session)
@@ -1899,8 +1968,8 @@ class Bridge:
     async def _beat(self, seconds: float, connection_scope: trio.CancelScope) -> None:
         """Ping, and give up a connection that was silent for two beats: its other end may be gone."""
         while trio.current_time() - self._heard_at < 2 * seconds:
-            self.send(Ping(round(time.time(), 3)))
             await trio.sleep(seconds)
+            self.send(Ping(round(time.time(), 3)))
         connection_scope.cancel()
 
 
@@ -1953,7 +2022,8 @@ class RateLimitGate:
         if self.seconds <= 0:
             self._refusals += 1
         doubled = min(self.LAST_SECONDS, self.FIRST_SECONDS * 2 ** min(self._refusals - 1, 10))
-        seconds = doubled if retry_after_seconds is None else retry_after_seconds
+        # "At once" is taken for a second: a site that refuses has not meant a tight loop.
+        seconds = doubled if retry_after_seconds is None else max(1.0, retry_after_seconds)
         self._opens_at = max(self._opens_at, trio.current_time() + seconds)
         self._notify()
         return self.seconds
@@ -2020,15 +2090,14 @@ class Bridges:
         self._config, self._bus, self._pool = config, bus, pool
         self._bridges: dict[int, Bridge] = {}
         self._gates: dict[str, RateLimitGate] = {}
-        self._ids = itertools.count(1)
         self._changed = trio.Event()
-        self._nursery: trio.Nursery | None = None
+        # Where reloads wait for their minute; the listener's.
+        self.nursery: trio.Nursery | None = None
         self._missing_since = trio.current_time()
         # A reload that a challenge asked for: until then a missing tab counts as being at the check.
         self._at_check_until = -math.inf
         self._reloaded_at = -math.inf
         self._stale_accounts: set[str] = set()
-        self._origins = [_origin_pattern(pattern) for pattern in config.bridge.allowed_origins]
 
     def __iter__(self) -> Iterator[Bridge]:
         return iter(self._bridges.values())
@@ -2036,76 +2105,15 @@ class Bridges:
     def __repr__(self) -> str:
         return f"<Bridges: {[*self]}>"
 
-    async def serve(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
-        """Listen for tabs; `started` with the port. Raises OSError when the port cannot be had."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            listen = partial(
-                trio_websocket.serve_websocket,
-                self._carry,
-                self._config.bridge.host,
-                self._config.bridge.port,
-                None,
-                message_queue_size=64,
-                max_message_size=MAX_FRAME_BYTES,
-                receive_buffer_size=1 << 18,
-                connect_timeout=HELLO_TIMEOUT_SECONDS,
-                disconnect_timeout=2,
-            )
-            server = await nursery.start(listen)
-            task_status.started(server.port)
-            await trio.sleep_forever()
-
-    async def _carry(self, handshake: trio_websocket.WebSocketRequest) -> None:
-        """One connection's life."""
-        origins = [value.decode("latin-1") for name, value in handshake.headers if name.lower() == b"origin"]
-        if len(origins) != 1 or not any(pattern.fullmatch(origins[0]) for pattern in self._origins):
-            self._bus.publish(
-                BridgeRefused(f"origin {', '.join(origins) or 'missing'} is not in allowed_origins")
-            )
-            await handshake.reject(403)
-            return
-        connection = await handshake.accept()
-        bridge = Bridge(next(self._ids), connection)
-        reason = "the program stopped"
-        try:
-            with trio.CancelScope() as hello:
-                hello.deadline = trio.current_time() + HELLO_TIMEOUT_SECONDS
-                heartbeat_seconds = self._config.bridge.heartbeat_seconds
-                reason = await bridge.carry(heartbeat_seconds, partial(self._take_frame, bridge, hello))
-            if hello.cancelled_caught:
-                reason = "no hello"
-        except Exception:
-            reason = "an error in the program"
-            log.exception("A bridge broke; the others go on")
-        finally:
-            self._remove(bridge, reason)
-
-    def _take_frame(self, bridge: Bridge, hello: trio.CancelScope, frame: BrowserFrame) -> None:
-        match frame:
-            case Hello():
-                hello.deadline = math.inf
-                self._welcome(bridge, frame)
-            case State():
-                self._note_state(bridge, frame.state, frame.account)
-            case Models():
-                self._merge_models(frame.models)
-            case Captured():
-                assert self._nursery is not None
-                self._nursery.start_soon(self._capture, frame)
-
-    def _welcome(self, bridge: Bridge, hello: Hello) -> None:
-        if hello.protocol != PROTOCOL:
-            message = f"protocol {hello.protocol} is not {PROTOCOL}: reinstall the userscript"
-            raise ProtocolError(message, 4001)
-        bridge.script = hello.script
-        bridge.send(Welcome(PROTOCOL, VERSION, self._config.arena.auth_cookie))
+    def add(self, bridge: Bridge, url: str, state: PageState, account: str | None) -> None:
+        """A tab has said hello."""
         self._bridges[bridge.id] = bridge
         self._at_check_until = -math.inf
-        self._bus.publish(BridgeConnected(bridge.id, hello.script, hello.url))
-        self._note_state(bridge, hello.state, hello.account)
+        self._bus.publish(BridgeConnected(bridge.id, bridge.script, url))
+        self.note_state(bridge, state, account)
 
-    def _remove(self, bridge: Bridge, reason: str) -> None:
+    def remove(self, bridge: Bridge, reason: str) -> None:
+        """A connection is over, whether it ever said hello or not."""
         if self._bridges.pop(bridge.id, None):
             self._bus.publish(BridgeLost(bridge.id, reason))
             if not self._bridges:
@@ -2114,7 +2122,7 @@ class Bridges:
         else:
             self._bus.publish(BridgeRefused(reason))
 
-    def _note_state(self, bridge: Bridge, state: PageState, account: str | None) -> None:
+    def note_state(self, bridge: Bridge, state: PageState, account: str | None) -> None:
         bridge.reported, bridge.account, bridge.overruled = state, account, None
         if state == "ready" and account is None:
             bridge.overruled = "sign_in"
@@ -2130,30 +2138,6 @@ class Bridges:
         self._pool.set_accounts(self.accounts())
         self._changed.set()
         self._changed = trio.Event()
-
-    def _merge_models(self, entries: list[Any]) -> None:
-        models = []
-        for entry in entries:
-            try:
-                models.append(Model.from_entry(entry))
-            except ValueError as error:
-                log.warning("The page's model list has an entry that is no model: %s", error)
-        if changed := self._pool.catalog.merge(models):
-            log.info("The page's model list changed %d of %d models", changed, len(self._pool.catalog))
-
-    async def _capture(self, frame: Captured) -> None:
-        """Take a conversation that the person opened or continued by hand into the pool."""
-        session = self._pool.find(frame.session_id)
-        if session and session.account == frame.account:
-            if session.message_id != frame.message_id:
-                await self._pool.continue_by_hand(session, frame.message_id)
-        elif frame.mode != "direct" or frame.model_id is None or frame.account is None:
-            log.info("A conversation by hand is not for the pool: %s, mode %s", frame.session_id, frame.mode)
-        elif self._pool.catalog.get(frame.model_id) is None:
-            log.info("A conversation by hand has a model that is left out: %s", frame.model_id)
-        elif session is None:
-            ids = (frame.session_id, frame.message_id, frame.model_id, frame.account)
-            await self._pool.add(Session(*ids, source="captured", created_at=time.time()))
 
     def accounts(self) -> set[str]:
         """The accounts that have a ready tab."""
@@ -2236,8 +2220,8 @@ class Bridges:
 
     def _ask_reload(self, bridge: Bridge, reason: str) -> None:
         """Ask for a reload now or, since at most one a minute is asked for, as soon as that is over."""
-        assert self._nursery is not None
-        self._nursery.start_soon(self._reload, bridge, reason)
+        assert self.nursery is not None
+        self.nursery.start_soon(self._reload, bridge, reason)
 
     async def _reload(self, bridge: Bridge, reason: str) -> None:
         await trio.sleep_until(self._reloaded_at + RELOAD_INTERVAL_SECONDS)
@@ -2266,6 +2250,109 @@ class Bridges:
             }
             for bridge in self
         ]
+
+
+class BridgeListener:
+    """Takes connections, and takes their frames to where they belong."""
+
+    def __init__(self, config: Config, bus: EventBus, pool: SessionPool, bridges: Bridges) -> None:
+        self._config, self._bus, self._pool, self._bridges = config, bus, pool, bridges
+        self._ids = itertools.count(1)
+        self._nursery: trio.Nursery | None = None
+        self._origins = [_origin_pattern(pattern) for pattern in config.bridge.allowed_origins]
+
+    async def serve(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen for tabs; `started` with the port. Raises OSError when the port cannot be had."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = self._bridges.nursery = nursery
+            listen = partial(
+                trio_websocket.serve_websocket,
+                self._carry,
+                self._config.bridge.host,
+                self._config.bridge.port,
+                None,
+                message_queue_size=64,
+                max_message_size=MAX_FRAME_BYTES,
+                receive_buffer_size=1 << 18,
+                connect_timeout=HELLO_TIMEOUT_SECONDS,
+                disconnect_timeout=2,
+            )
+            server = await nursery.start(listen)
+            task_status.started(server.port)
+            await trio.sleep_forever()
+
+    async def _carry(self, handshake: trio_websocket.WebSocketRequest) -> None:
+        """One connection's life."""
+        origins = [value.decode("latin-1") for name, value in handshake.headers if name.lower() == b"origin"]
+        if len(origins) != 1 or not any(pattern.fullmatch(origins[0]) for pattern in self._origins):
+            self._bus.publish(
+                BridgeRefused(f"origin {', '.join(origins) or 'missing'} is not in allowed_origins")
+            )
+            await handshake.reject(403)
+            return
+        connection = await handshake.accept()
+        bridge = Bridge(next(self._ids), connection)
+        reason = "the program stopped"
+        try:
+            with trio.CancelScope() as hello:
+                hello.deadline = trio.current_time() + HELLO_TIMEOUT_SECONDS
+                heartbeat_seconds = self._config.bridge.heartbeat_seconds
+                reason = await bridge.carry(heartbeat_seconds, partial(self._take_frame, bridge, hello))
+            if hello.cancelled_caught:
+                reason = "no hello"
+        except Exception:
+            reason = "an error in the program"
+            log.exception("A bridge broke; the others go on")
+        finally:
+            self._bridges.remove(bridge, reason)
+
+    def _take_frame(self, bridge: Bridge, hello: trio.CancelScope, frame: BrowserFrame) -> None:
+        match frame:
+            case Hello():
+                hello.deadline = math.inf
+                self._welcome(bridge, frame)
+            case State():
+                self._bridges.note_state(bridge, frame.state, frame.account)
+            case Models():
+                self._merge_models(frame.models)
+            case Captured():
+                assert self._nursery is not None
+                self._nursery.start_soon(self._capture, frame)
+
+    def _welcome(self, bridge: Bridge, hello: Hello) -> None:
+        if hello.protocol != PROTOCOL:
+            message = f"protocol {hello.protocol} is not {PROTOCOL}: reinstall the userscript"
+            raise ProtocolError(message, 4001)
+        state = next((state for state in PAGE_STATES if state == hello.state), None)
+        if state is None:
+            raise ProtocolError(f"unknown state: {hello.state!r}")
+        bridge.script = hello.script
+        bridge.send(Welcome(PROTOCOL, VERSION, self._config.arena.auth_cookie))
+        self._bridges.add(bridge, hello.url, state, hello.account)
+
+    def _merge_models(self, entries: list[Any]) -> None:
+        models = []
+        for entry in entries:
+            try:
+                models.append(Model.from_entry(entry))
+            except ValueError as error:
+                log.warning("The page's model list has an entry that is no model: %s", error)
+        if changed := self._pool.merge_models(models):
+            log.info("The page's model list changed %d of %d models", changed, len(self._pool.catalog))
+
+    async def _capture(self, frame: Captured) -> None:
+        """Take a conversation that the person opened or continued by hand into the pool."""
+        session = self._pool.find(frame.session_id)
+        if session and session.account == frame.account:
+            if session.message_id != frame.message_id:
+                await self._pool.continue_by_hand(session, frame.message_id)
+        elif frame.mode != "direct" or frame.model_id is None or frame.account is None:
+            log.info("A conversation by hand is not for the pool: %s, mode %s", frame.session_id, frame.mode)
+        elif self._pool.catalog.get(frame.model_id) is None:
+            log.info("A conversation by hand has a model that is left out: %s", frame.model_id)
+        elif session is None:
+            ids = (frame.session_id, frame.message_id, frame.model_id, frame.account)
+            await self._pool.add(Session(*ids, source="captured", created_at=time.time()))
 
 
 # ==========================================================================================================
@@ -2359,6 +2446,36 @@ def _tell_refusal(refusal: Refusal) -> Setback:
         f"{sentence} (status {refusal.status}){detail}", retry_after=refusal.retry_after_seconds, **fields
     )
     return Setback(course, error)
+
+
+def _failed_late(course: Literal["counts", "final"], message: str, reply: str = "") -> Setback:
+    """The site took the prompt and failed: a client that sends it once more would pay twice."""
+    return Setback(course, ArenaError(message, reply=reply, may_retry=False))
+
+
+def _timed_out(message: str) -> Setback:
+    return Setback("final", ArenaError(message, status=504, code="timeout", may_retry=False))
+
+
+def _tell_broken(broken: ExchangeBroken) -> Setback:
+    """A lost tab is waited for; a navigation or a network failure for a while; the rest is final."""
+    course: Any = {"lost": "free", "aborted": "pause", "network": "pause"}.get(broken.reason, "final")
+    return Setback(course, ArenaError(f"The answer broke off in the tab: {broken}."))
+
+
+async def _read_reply(exchange: Exchange, limit_bytes: int = 1 << 16) -> bytes:
+    """The body of a refusal, as far as it is worth keeping."""
+    reply = b""
+    while len(reply) < limit_bytes and (data := await exchange.receive()):
+        reply += data
+    return reply[:limit_bytes]
+
+
+async def _read_rest(exchange: Exchange) -> None:
+    """Let the response end by itself after its last line: a finished answer need not be aborted."""
+    with trio.move_on_after(2):
+        while await exchange.receive():
+            pass
 
 
 class Relay:
@@ -2484,8 +2601,7 @@ class Relay:
             with trio.fail_after(limits.exchange_seconds):
                 finish = await self._exchange(bridge, lease, opened, messages, sink, limits)
         except trio.TooSlowError:
-            message = f"The site did not finish within {limits.exchange_seconds:g} s."
-            raise Setback("final", ArenaError(message, status=504, code="timeout", may_retry=False)) from None
+            raise _timed_out(f"The site did not finish within {limits.exchange_seconds:g} s.") from None
         except Setback as setback:
             if session and setback.course == "counts":
                 self._pool.note_failure(session, str(setback))
@@ -2559,12 +2675,11 @@ class Relay:
             with trio.move_on_after(patience_seconds) as patience:
                 data = await exchange.receive()
             if patience.cancelled_caught:
-                message = f"The site fell silent for {patience_seconds:g} s."
-                raise Setback("final", ArenaError(message, status=504, code="timeout", may_retry=False))
+                raise _timed_out(f"The site fell silent for {patience_seconds:g} s.")
             try:
                 events = decoder.feed(data) if data else decoder.finish()
             except StreamError as error:
-                raise Setback("final", ArenaError(f"The site's answer cannot be read: {error}.")) from None
+                raise _failed_late("final", f"The site's answer cannot be read: {error}.") from None
             last = events.pop() if decoder.is_finished and events else None
             if events:
                 lease.first_byte_at = lease.first_byte_at or trio.current_time()
@@ -2575,35 +2690,14 @@ class Relay:
                     and lease.source != "bootstrap"
                     and last.reason != "content-filter"
                 ):
-                    raise Setback("counts", ArenaError("The site's answer was empty."))
+                    raise _failed_late("counts", "The site's answer was empty.")
                 await _read_rest(exchange)
                 return last
             if last is not None:
                 reason = last.message if isinstance(last, Failure) else "its answer ended with an error"
-                raise Setback("counts", ArenaError(f"The site reported an error: {reason}", reply=reason))
+                raise _failed_late("counts", f"The site reported an error: {reason[:300]}", reply=reason)
             if not data:
-                raise Setback("counts", ArenaError("The site's answer was cut off."))
-
-
-def _tell_broken(broken: ExchangeBroken) -> Setback:
-    """A lost tab is waited for; a navigation or a network failure for a while; the rest is final."""
-    course: Any = {"lost": "free", "aborted": "pause", "network": "pause"}.get(broken.reason, "final")
-    return Setback(course, ArenaError(f"The answer broke off in the tab: {broken}."))
-
-
-async def _read_reply(exchange: Exchange, limit_bytes: int = 1 << 16) -> bytes:
-    """The body of a refusal, as far as it is worth keeping."""
-    reply = b""
-    while len(reply) < limit_bytes and (data := await exchange.receive()):
-        reply += data
-    return reply[:limit_bytes]
-
-
-async def _read_rest(exchange: Exchange) -> None:
-    """Let the response end by itself after its last line: a finished answer need not be aborted."""
-    with trio.move_on_after(2):
-        while await exchange.receive():
-            pass
+                raise _failed_late("counts", "The site's answer was cut off.")
 
 
 # ==========================================================================================================
@@ -3028,6 +3122,10 @@ ASGISend = Callable[[Any], Awaitable[None]]
 BODY_TIMEOUT_SECONDS = 60
 
 
+class ClientLeft(Exception):
+    """The client closed its connection; nobody is left to be told."""
+
+
 class HttpRequest:
     """What the program needs of one HTTP request, and the way to answer it."""
 
@@ -3098,10 +3196,6 @@ class HttpRequest:
                 f"The body did not arrive within {BODY_TIMEOUT_SECONDS} s.", status=408, code="timeout"
             )
         return b"".join(parts)
-
-
-class ClientLeft(Exception):
-    """The client closed its connection; nobody is left to be told."""
 
 
 class Reply:
@@ -3246,7 +3340,7 @@ class StreamedReply(Reply):
                 self.texts.append(text)
                 return self._encoder.text(text)
             case Reasoning(text):
-                return self._encoder.delta({"reasoning_content": text})
+                return self._encoder.reasoning(text)
             case Media():
                 self.texts.append(media_markdown(event))
                 return self._encoder.text(self.texts[-1])
@@ -3304,7 +3398,8 @@ class Chat:
         body = await http.read_body(self._config.server.max_body_mb << 20)
         chat, ignored = decode_chat_request(body)
         messages = read_messages(chat)
-        model = self._pool.catalog.resolve(chat.model, sum(len(message.attachments) for message in messages))
+        images = [len(message.attachments) for message in messages]
+        model = self._pool.catalog.resolve(chat.model, sum(images), images[-1])
         if self._is_draining:
             raise BridgeError("The program is shutting down.", code="shutting_down", retry_after=5)
         if ignored:
@@ -3665,6 +3760,31 @@ class Api:
 EXIT_OK, EXIT_CANNOT_START, EXIT_FORCED = 0, 2, 130
 
 
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions inside nested groups."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from _leaves(each)
+    else:
+        yield error
+
+
+async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..., Awaitable[Any]]) -> Any:
+    try:
+        return await nursery.start(serve)
+    except (OSError, ExceptionGroup) as error:
+        refusals = [leaf for leaf in _leaves(error) if isinstance(leaf, OSError)]
+        if not refusals:
+            raise
+        raise ConfigError(key, port, f"a port that can be listened at ({refusals[0].strerror})") from None
+
+
+def _reachable(host: str) -> str:
+    """The name under which this machine's browser reaches what listens at `host`."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{name}]" if ":" in name else name
+
+
 class Program:
     """All parts, put together."""
 
@@ -3678,6 +3798,7 @@ class Program:
         self.bus.subscribe(self.store.log_request)
         self.pool = SessionPool(catalog, config.pool, self.store, self.bus)
         self.bridges = Bridges(config, self.bus, self.pool)
+        self.listener = BridgeListener(config, self.bus, self.pool, self.bridges)
         self.relay = Relay(config, self.pool, self.bridges)
         self.bootstrap = Bootstrap(config, self.pool, self.bridges, self.relay, console, self.bus)
         self.chat = Chat(config, self.pool, self.relay, self.bus)
@@ -3695,7 +3816,7 @@ class Program:
                 async with trio.open_nursery() as nursery:
                     self._scope = nursery.cancel_scope
                     bridge, server = self.config.bridge, self.config.server
-                    port = await _listen(nursery, "bridge.port", bridge.port, self.bridges.serve)
+                    port = await _listen(nursery, "bridge.port", bridge.port, self.listener.serve)
                     self.api.bridge_url = f"ws://{_reachable(bridge.host)}:{port}/"
                     await _listen(nursery, "server.port", server.port, self.api.serve)
                     nursery.start_soon(self.bootstrap.supervise)
@@ -3728,31 +3849,6 @@ class Program:
                 async for _ in signals:
                     self.console.restore()
                     os._exit(EXIT_FORCED)
-
-
-async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..., Awaitable[Any]]) -> Any:
-    try:
-        return await nursery.start(serve)
-    except (OSError, ExceptionGroup) as error:
-        refusals = [leaf for leaf in _leaves(error) if isinstance(leaf, OSError)]
-        if not refusals:
-            raise
-        raise ConfigError(key, port, f"a port that can be listened at ({refusals[0].strerror})") from None
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The exceptions inside nested groups."""
-    if isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
-            yield from _leaves(each)
-    else:
-        yield error
-
-
-def _reachable(host: str) -> str:
-    """The name under which this machine's browser reaches what listens at `host`."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{name}]" if ":" in name else name
 
 
 # ==========================================================================================================

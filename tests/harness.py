@@ -1,4 +1,4 @@
-"""What the whole-program tests share: the stand-in arena, a tab, and the program, in the test or in a terminal.
+"""What the whole-program tests share: the stand-in arena, a tab, the program here or in a terminal.
 
 `start` puts all three into one nursery, on ports that the system chooses. `Terminal` runs the program as a
 process of its own whose terminal the test holds. Nothing here depends on speed: `until` polls patiently.
@@ -23,18 +23,24 @@ from typing import Any, Self, TypeVar
 import httpx
 import msgspec
 import openai
+import pytest
 import trio
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from rich.console import Console as RichConsole
 
 import lmarena_proxy
-from demo.arena import Arena, Seen, Switches
+from demo.arena import Arena, Exchange, Seen, Switches
 from demo.arena import serve as serve_arena
 from demo.twin import Twin
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_SECONDS = 60.0
-CLAUDE, DEEPSEEK, GPT, SEARCH = "claude-sonnet-4-20250514", "deepseek-v3.1", "gpt-5-mini-high", "grok-4-search"
+CLAUDE, DEEPSEEK, GPT, SEARCH = (
+    "claude-sonnet-4-20250514",
+    "deepseek-v3.1",
+    "gpt-5-mini-high",
+    "grok-4-search",
+)
 IMAGE, EDIT, RAY = "imagen-3.0-generate-002", "seededit-3.0", "ray2"
 SIX_MODELS = (CLAUDE, DEEPSEEK, GPT, SEARCH, IMAGE, "glm-4.5")
 Tables = Mapping[str, Mapping[str, Any]]
@@ -74,7 +80,8 @@ def model_id(name: str) -> str:
 
 
 def write_models(directory: Path, names: Sequence[str] | None) -> None:
-    """models.json for the program's directory, all of it or those with these names."""
+    """models.json for the program's directory, which is made: all of it, or those with these names."""
+    directory.mkdir(exist_ok=True)
     if names is None:
         shutil.copy(ROOT / "models.json", directory / "models.json")
     else:
@@ -89,6 +96,26 @@ def turns(seen: Seen) -> list[tuple[str, str]]:
     """Role and content of the messages that a call brought, without the empty place for the answer."""
     messages = seen.body["messages"][:-1] if seen.kind == "create" else seen.body["messages"]
     return [(message["role"], message["content"]) for message in messages]
+
+
+class Held:
+    """Makes the arena hold its answers back until `release`, but for the first `free` of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int = 0) -> None:
+        self.free = free
+        self._released = trio.Event()
+        answer = Exchange.answer
+
+        async def held_answer(exchange: Exchange, *arguments: Any) -> None:
+            self.free -= 1
+            if self.free < 0:
+                await self._released.wait()
+            await answer(exchange, *arguments)
+
+        monkeypatch.setattr(Exchange, "answer", held_answer)
+
+    def release(self) -> None:
+        self._released.set()
 
 
 # ── Raw answers ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -153,9 +180,7 @@ class Rig:
         program.bus.subscribe(self.events.append)
         self.url = program.api.url
         self.http = httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False)
-        self.openai = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120
-        )
+        self.openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120)
 
     @property
     def calls(self) -> list[Seen]:
@@ -249,8 +274,10 @@ async def start(
     confirmed: bool = False,
     arena: Arena | None = None,
 ) -> Rig:
-    """Run everything until the test ends. `filled`: every model has its conversations, and no call is noted."""
-    directory.mkdir(exist_ok=True)
+    """Run everything until the test ends.
+
+    `filled`: every model has its conversations, and the arena's record is empty again.
+    """
     write_models(directory, models)
     arena = arena or Arena(pick_models(models), switches)
     url = await nursery.start(serve_arena, arena)
@@ -415,7 +442,8 @@ class Desk:
         return await eventually(reached)
 
 
-QUICK: Tables = {"bootstrap": {"settle_seconds": 0.5}, "server": {"shutdown_grace_seconds": 2}}
+# The grace is longer than `Terminal.exit_code` waits: a shutdown that hangs is not saved by its last resort.
+QUICK: Tables = {"bootstrap": {"settle_seconds": 0.5}, "server": {"shutdown_grace_seconds": 90}}
 
 
 async def sit_down(
@@ -433,7 +461,6 @@ async def sit_down(
 
     A given `arena` and `twin` are those of an earlier start: the twin finds the new program's port.
     """
-    directory.mkdir(exist_ok=True)
     write_models(directory, models)
     config = write_config(directory, merge(QUICK, tables or {}))
     ports = ("--port", "0", "--bridge-port", "0")

@@ -1,0 +1,248 @@
+"""Configuration: one set of defaults everywhere, and a start that cannot be says why."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from lmarena_proxy import Config, ConfigError, configure, main, parse_arguments, parse_config, read_config
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = ROOT / "lmarena_proxy.py"
+SETTINGS = [
+    f"{section.name}.{field.name}"
+    for section in msgspec.structs.fields(Config)
+    for field in msgspec.structs.fields(section.type)
+]
+
+
+def tables() -> dict[str, Any]:
+    """The shipped config.toml."""
+    return msgspec.toml.decode((ROOT / "config.toml").read_bytes(), type=dict[str, Any])
+
+
+def refusal(text: str, tmp_path: Path) -> ConfigError:
+    """Why a config file with this text is refused."""
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, {})
+    return caught.value
+
+
+def test_the_file_names_every_setting_with_its_default() -> None:
+    assert parse_config(tables()) == Config()
+    assert {name: {*keys} for name, keys in tables().items()} == {
+        section.name: {field.name for field in msgspec.structs.fields(section.type)}
+        for section in msgspec.structs.fields(Config)
+    }
+
+
+def test_the_file_and_the_code_have_the_same_order() -> None:
+    assert [f"{table}.{key}" for table, keys in tables().items() for key in keys] == SETTINGS
+
+
+def test_a_missing_file_is_all_defaults(tmp_path: Path) -> None:
+    assert read_config(tmp_path / "none.toml", {}) == Config()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_readme_names_every_setting(setting: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"`{setting}`" in readme
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value", "expected"),
+    [
+        ("[server]\nprot = 9080", "server.prot", 9080, "no such key"),
+        ("[sever]\nport = 9080", "sever", {"port": 9080}, "no such key"),
+        ("port = 9080", "port", 9080, "no such key"),
+        ('[server]\nport = "9080"', "server.port", "9080", "int"),
+        ("[server]\nport = 65536", "server.port", 65536, "65535"),
+        ("[server]\nport = -1", "server.port", -1, ">= 0"),
+        ("server = 9080", "server", 9080, "object"),
+        ("[server]\nhost = true", "server.host", True, "str"),
+        ('[server]\nallowed_hosts = "nas"', "server.allowed_hosts", "nas", "array"),
+        ("[models]\ninclude = [1]", "models.include[0]", 1, "str"),
+        ("[pool]\nsessions_per_model = 0", "pool.sessions_per_model", 0, ">= 1"),
+        ("[pool]\nsessions_per_model = 1.5", "pool.sessions_per_model", 1.5, "int"),
+        ("[requests]\nidle_timeout_seconds = -1", "requests.idle_timeout_seconds", -1, ">= 0"),
+        ('[requests]\nkeepalive = "pings"', "requests.keepalive", "pings", "enum value"),
+        ("[requests]\nkeepalive_seconds = 0", "requests.keepalive_seconds", 0, "> 0"),
+        ("[bridge]\nheartbeat_seconds = 0", "bridge.heartbeat_seconds", 0, "> 0"),
+        ('[bootstrap]\nmessage = ""', "bootstrap.message", "", "length >= 1"),
+        ('[log]\nlevel = "debug"', "log.level", "debug", "enum value"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_value_and_expectation(
+    text: str, key: str, value: object, expected: str, tmp_path: Path
+) -> None:
+    error = refusal(text, tmp_path)
+    assert (error.key, error.value) == (key, value)
+    assert expected in error.expected
+    assert key in str(error)
+    assert repr(value) in str(error)
+
+
+@pytest.mark.parametrize("name", ['"a.b"', '"a[0]"', '""', '"`"', '"naïve key"'])
+def test_an_unknown_key_may_have_any_name(name: str, tmp_path: Path) -> None:
+    for text in (f"{name} = 1", f"[server]\n{name} = 1"):
+        assert "no such key" in refusal(text, tmp_path).expected
+
+
+def test_seconds_are_numbers(tmp_path: Path) -> None:
+    error = refusal("[requests]\ntotal_timeout_seconds = nan", tmp_path)
+    assert error.key == "requests.total_timeout_seconds"
+
+
+@pytest.mark.parametrize("content", [b"[server\n", b"a = = 1", b"port = 08", b"\xff\xfe", b"a = 1\na = 2"])
+def test_what_is_not_toml_is_refused_with_the_files_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.toml") as caught:
+        read_config(path, {})
+    assert caught.value.key == str(path)
+
+
+def test_a_directory_as_the_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="readable"):
+        read_config(tmp_path, {})
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text('[server]\nport = 1\n[models]\ninclude = ["a"]\nexclude = ["b"]\n', encoding="utf-8")
+    config = read_config(
+        path, {("server", "port"): 2, ("models", "include"): ["c"], ("log", "level"): "DEBUG"}
+    )
+    assert (config.server.port, config.models.include, config.models.exclude) == (2, ("c",), ("b",))
+    assert config.log.level == "DEBUG"
+
+
+@pytest.mark.parametrize("section", ["server", "bridge"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "", "example.org"])
+def test_listening_beyond_loopback_needs_a_key(section: str, host: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({section: {"host": host}})
+    assert caught.value.key == f"{section}.host"
+    keyed = {"server": {"api_key": "secret"}}
+    keyed.setdefault(section, {})["host"] = host
+    assert getattr(parse_config(keyed), section).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_listening_on_loopback_needs_no_key(host: str) -> None:
+    assert parse_config({"server": {"host": host}, "bridge": {"host": host}}).server.host == host
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("create_path", "/api/auth/logout"),
+        ("create_path", "nextjs-api/stream/create"),
+        ("create_path", "https://evil.example/api/stream/create"),
+        ("retry_path", "/api/user/{session_id}/{message_id}"),
+        ("retry_path", "/api/stream/retry/{session_id}"),
+        ("retry_path", "/api/stream/retry/{message_id}"),
+        ("retry_path", "/api/stream/retry"),
+    ],
+)
+def test_paths_outside_what_the_userscript_relays_are_refused(key: str, path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"arena": {key: path}})
+    assert (caught.value.key, caught.value.value) == (f"arena.{key}", path)
+
+
+def test_the_older_deployments_paths_are_taken() -> None:
+    paths = {"create_path": "/api/stream/create", "retry_path": "/api/stream/{session_id}/{message_id}"}
+    assert parse_config({"arena": paths}).arena.create_path == "/api/stream/create"
+
+
+@pytest.mark.parametrize("extra", ["{other}", "{", "{0}"])
+def test_a_retry_path_that_cannot_be_filled_in_is_refused(extra: str) -> None:
+    path = f"/api/stream/{{session_id}}/{{message_id}}/{extra}"
+    with pytest.raises(ConfigError):
+        parse_config({"arena": {"retry_path": path}})
+
+
+def configured(tmp_path: Path, *arguments: str, text: str = "", **environment: str) -> Config:
+    path = tmp_path / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    options = parse_arguments(["--config", str(path), *arguments])
+    config, directory = configure(options, environment)
+    assert directory == tmp_path.resolve()
+    return config
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    text = '[server]\nport = 1\n[bridge]\nport = 2\n[models]\ninclude = ["x"]\nexclude = ["y"]\n'
+    arguments = (
+        "--port",
+        "3",
+        "--bridge-port",
+        "4",
+        "--host",
+        "localhost",
+        "--models",
+        "a*",
+        "b*",
+        "--no-bootstrap",
+    )
+    config = configured(tmp_path, *arguments, text=text)
+    assert (config.server.port, config.bridge.port, config.server.host) == (3, 4, "localhost")
+    assert (config.models.include, config.models.exclude) == (("a*", "b*"), ("y",))
+    assert not config.bootstrap.enabled
+
+
+def test_the_environment_sets_the_key_over_the_file(tmp_path: Path) -> None:
+    text = '[server]\napi_key = "file"\n'
+    assert configured(tmp_path, text=text).server.api_key == "file"
+    assert configured(tmp_path, text=text, LMARENA_PROXY_API_KEY="env").server.api_key == "env"
+    assert configured(tmp_path, text=text, LMARENA_PROXY_API_KEY="").server.api_key == "file"
+
+
+def test_a_key_from_the_environment_allows_listening_everywhere(tmp_path: Path) -> None:
+    config = configured(tmp_path, "--host", "0.0.0.0", LMARENA_PROXY_API_KEY="env")
+    assert config.server.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config", "no-such.toml"], "--config = 'no-such.toml': expected a file that exists"),
+        (["--port", "70000"], "server.port = 70000"),
+        (["--host", "0.0.0.0"], "server.host = '0.0.0.0'"),
+    ],
+)
+def test_a_start_that_cannot_be_returns_two(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LMARENA_PROXY_API_KEY", raising=False)
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[server]\nprot = 1\n", "server.prot = 1: expected no such key"),
+        ('[models]\npath = "none.json"\n', "models.path"),
+        ('[models]\npath = "broken.json"\n', "models.path"),
+        ('[storage]\npath = "occupied"\n', "storage.path"),
+        ('[log]\ndirectory = "occupied"\n', "log.directory"),
+    ],
+)
+def test_a_start_that_cannot_be_exits_with_two_and_one_sentence(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+    (tmp_path / "occupied").write_text("a file", encoding="utf-8")
+    (tmp_path / "broken.json").write_text('[{"id": 1}]', encoding="utf-8")
+    (tmp_path / "models.json").write_bytes((ROOT / "models.json").read_bytes())
+    command = [sys.executable, str(PROGRAM), "--config", str(tmp_path / "config.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert said in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
