@@ -42,7 +42,7 @@
   const LOOK_MS = 1000;
   const FIRST_RETRY_MS = 1000;
   const LAST_RETRY_MS = 30000;
-  const RELOAD_PAUSE_MS = 60000;
+  const RELOAD_PAUSE_MS = 50000; // the program asks at most once a minute; its clock and this one differ
   const CAPTURES_KEPT = 50;
 
   // No percent sign, backslash or empty segment: what is written is what the site's router sees.

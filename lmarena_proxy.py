@@ -28,10 +28,10 @@ The file is read downward, once: a definition is used only below itself. Its sec
 
 import argparse
 import base64
-import ctypes
 import difflib
 import fnmatch
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -51,11 +51,17 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import hypercorn.config
@@ -63,7 +69,7 @@ import hypercorn.trio
 import msgspec
 import trio
 import trio_websocket
-from quart import Response, request
+from quart import Response, has_request_context, request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from rich.console import Console as RichConsole
@@ -72,7 +78,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text as RichText
-from rich.traceback import Traceback
 from werkzeug.exceptions import HTTPException
 
 if sys.platform == "win32":
@@ -108,7 +113,7 @@ class ApiError(Exception):
     """
 
     status: ClassVar[int] = 500
-    type: ClassVar[str] = "api_error"
+    type: str = "api_error"
     code: ClassVar[str] = "internal_error"
 
     def __init__(
@@ -153,6 +158,8 @@ class ArenaError(ApiError):
     def __init__(self, message: str, *, arena_status: int = 0, reply: str = "", **rest: Any) -> None:
         super().__init__(message, **rest)
         self.arena_status, self.reply = arena_status, reply
+        if self.http_status in (400, 413):
+            self.type = ClientError.type
 
 
 # ==========================================================================================================
@@ -162,7 +169,7 @@ class ArenaError(ApiError):
 # One struct per table of config.toml. Defaults here, in config.toml and in the README are compared by a test.
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10_000_000)]
 Glob = str
 
@@ -184,7 +191,7 @@ class ServerConfig(Section, frozen=True):
 class BridgeConfig(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Port = 9081
-    heartbeat_seconds: Annotated[float, msgspec.Meta(gt=0)] = 20
+    heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 20
     reconnect_grace_seconds: Seconds = 30
     allowed_origins: tuple[str, ...] = (
         "https://lmarena.ai",
@@ -228,7 +235,7 @@ class RequestsConfig(Section, frozen=True):
     person_wait_seconds: Seconds = 120
     commit_after_seconds: Seconds = 3
     keepalive: Literal["chunk", "comment", "off"] = "chunk"
-    keepalive_seconds: Annotated[float, msgspec.Meta(gt=0)] = 10
+    keepalive_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 10
 
 
 class StorageConfig(Section, frozen=True):
@@ -271,6 +278,9 @@ def _config_error(message: str, tables: dict[str, Any]) -> ConfigError:
         key = ".".join(filter(None, (key, unknown[1] or '""')))
         value = value[unknown[1]]
         text = "no such key (config.toml has them all)"
+    elif text.startswith("Invalid enum value"):
+        table, name = key.split(".")
+        text = f"one of {', '.join(get_args(get_type_hints(get_type_hints(Config)[table])[name]))}"
     return ConfigError(key or "config", value, re.sub(r"^Expected ", "", text).replace("`", ""))
 
 
@@ -307,7 +317,7 @@ def read_config(path: Path, overrides: Mapping[tuple[str, str], object]) -> Conf
     tables: dict[str, Any] = {}
     if path.exists():
         try:
-            tables = msgspec.toml.decode(path.read_bytes(), type=dict[str, Any])
+            tables = msgspec.toml.decode(path.read_text("utf-8-sig"), type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise ConfigError(str(path), str(error), "a TOML file") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -1583,7 +1593,6 @@ class ModelPool:
             if session.account in wanted:
                 self._idle.remove(session)
                 lease.session = session
-                lease.last_session_id = session.session_id
                 return session
         return None
 
@@ -1682,6 +1691,9 @@ class SessionPool:
             log.error(
                 "Session %s works, but is not in the store: it is lost at the next start", session.session_id
             )
+        known = self.find(session.session_id)
+        if known and known.model_id != session.model_id:
+            return  # Another tab told of it under another model while this one was being written.
         pool = self.of(session.model_id)
         pool.put(session)
         pool.resize(self._accounts)
@@ -1751,6 +1763,7 @@ class SessionPool:
 # stale.
 
 HELLO_TIMEOUT_SECONDS = 10
+CLOSE_TIMEOUT_SECONDS = 2
 RELOAD_INTERVAL_SECONDS = 60
 # The userscript's frames stay below 1 MiB; the page's model list is the largest text.
 MAX_FRAME_BYTES = 16 << 20
@@ -1785,6 +1798,11 @@ class Exchange:
     @property
     def is_over(self) -> bool:
         return self._ended or self._broken is not None
+
+    @property
+    def is_running_there(self) -> bool:
+        """Whether the browser may still be fetching."""
+        return not self._ended and (self._broken is None or self._broken.reason == "overflow")
 
     def begin(self, head: Head) -> None:
         self._head = self._head or head
@@ -1896,7 +1914,7 @@ class Bridge:
         try:
             yield exchange
         finally:
-            if self._exchanges.pop(exchange.id, None) and not exchange.is_over:
+            if self._exchanges.pop(exchange.id, None) and exchange.is_running_there:
                 self.send(Abort(exchange.id))
 
     async def carry(self, heartbeat_seconds: float, on_frame: Callable[[BrowserFrame], None]) -> str:
@@ -1937,7 +1955,8 @@ class Bridge:
                 f"code {closed.reason.code} {closed.reason.reason or ''}".rstrip() if closed.reason else "cut"
             )
         except ProtocolError as error:
-            await self._connection.aclose(error.close_code, str(error)[:100])
+            with trio.move_on_after(CLOSE_TIMEOUT_SECONDS):
+                await self._connection.aclose(error.close_code, str(error)[:100])
             return str(error)
 
     def _dispatch(self, frame: BrowserFrame, on_frame: Callable[[BrowserFrame], None]) -> None:
@@ -2011,15 +2030,15 @@ class RateLimitGate:
             self._probe = None
             self._notify()
 
-    def accept(self) -> None:
-        """The site took a request."""
-        if self._refusals:
+    def accept(self, lease: Lease) -> None:
+        """The site took a request. Only the probe's opens the gate: others were sent before it closed."""
+        if self._probe is lease:
             self._refusals = 0
             self._notify()
 
     def refuse(self, retry_after_seconds: float | None) -> float:
         """The site answered 429. Returns for how many seconds the gate is closed now."""
-        if self.seconds <= 0:
+        if self.seconds <= 0 or not self._refusals:
             self._refusals += 1
         doubled = min(self.LAST_SECONDS, self.FIRST_SECONDS * 2 ** min(self._refusals - 1, 10))
         # "At once" is taken for a second: a site that refuses has not meant a tight loop.
@@ -2068,7 +2087,7 @@ OBSTACLES = {
     ),
     "sign_in": Obstacle(
         "sign_in",
-        "The site wants a sign-in: go to the LMArena tab, accept its terms or sign in.",
+        "The site wants a sign-in: go to the LMArena tab, accept its terms or sign in (or reload it).",
         403,
         "sign_in_required",
     ),
@@ -2097,6 +2116,7 @@ class Bridges:
         # A reload that a challenge asked for: until then a missing tab counts as being at the check.
         self._at_check_until = -math.inf
         self._reloaded_at = -math.inf
+        self._reload_turn = trio.Lock()
         self._stale_accounts: set[str] = set()
 
     def __iter__(self) -> Iterator[Bridge]:
@@ -2146,11 +2166,11 @@ class Bridges:
     def gate(self, account: str) -> RateLimitGate:
         return self._gates.setdefault(account, RateLimitGate())
 
-    def least_busy(self, accounts: Iterable[str]) -> Bridge:
-        """The ready bridge with the fewest exchanges; one of these accounts must have one."""
+    def ready(self, accounts: Iterable[str]) -> list[Bridge]:
+        """The ready bridges of these accounts, the least busy first."""
         wanted = set(accounts)
         ready = [bridge for bridge in self if bridge.is_ready and bridge.account in wanted]
-        return min(ready, key=lambda bridge: bridge.in_flight)
+        return sorted(ready, key=lambda bridge: bridge.in_flight)
 
     def obstacle(self) -> Obstacle | None:
         """Why nothing can be sent now; None while some tab is ready."""
@@ -2205,11 +2225,11 @@ class Bridges:
                 self._stale_accounts.add(account)
                 self._ask_reload(bridge, "the page's sign-in is stale")
 
-    def note_accepted(self, bridge: Bridge) -> None:
-        """The site took a request: its sign-in is good, and its rate limit is over."""
+    def note_accepted(self, bridge: Bridge, lease: Lease) -> None:
+        """The site took a request: its sign-in is good, and its rate limit may be over."""
         account = bridge.account or ""
         self._stale_accounts.discard(account)
-        self.gate(account).accept()
+        self.gate(account).accept(lease)
 
     def note_rate_limit(self, bridge: Bridge, retry_after_seconds: float | None) -> None:
         account = bridge.account or ""
@@ -2224,8 +2244,11 @@ class Bridges:
         self.nursery.start_soon(self._reload, bridge, reason)
 
     async def _reload(self, bridge: Bridge, reason: str) -> None:
-        await trio.sleep_until(self._reloaded_at + RELOAD_INTERVAL_SECONDS)
-        if bridge.id in self._bridges and bridge.overruled:
+        # One at a time: two tabs that wait must not both find the minute over.
+        async with self._reload_turn:
+            await trio.sleep_until(self._reloaded_at + RELOAD_INTERVAL_SECONDS)
+            if bridge.id not in self._bridges or not bridge.overruled:
+                return
             self._reloaded_at = trio.current_time()
             if bridge.overruled == "verification":
                 self._at_check_until = self._reloaded_at + self._config.requests.person_wait_seconds
@@ -2265,21 +2288,29 @@ class BridgeListener:
         """Listen for tabs; `started` with the port. Raises OSError when the port cannot be had."""
         async with trio.open_nursery() as nursery:
             self._nursery = self._bridges.nursery = nursery
-            listen = partial(
-                trio_websocket.serve_websocket,
-                self._carry,
-                self._config.bridge.host,
-                self._config.bridge.port,
-                None,
-                message_queue_size=64,
-                max_message_size=MAX_FRAME_BYTES,
-                receive_buffer_size=1 << 18,
-                connect_timeout=HELLO_TIMEOUT_SECONDS,
-                disconnect_timeout=2,
-            )
-            server = await nursery.start(listen)
-            task_status.started(server.port)
+            host, port = self._config.bridge.host, self._config.bridge.port
+            listeners = await trio.open_tcp_listeners(port, host=host)
+            await nursery.start(trio.serve_listeners, self._accept, listeners)
+            task_status.started(listeners[0].socket.getsockname()[1])
             await trio.sleep_forever()
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        """One connection: whatever breaks in it, in the library's reader too, nothing else does."""
+        try:
+            async with trio.open_nursery() as nursery:
+                with trio.fail_after(HELLO_TIMEOUT_SECONDS):
+                    handshake = await trio_websocket.wrap_server_stream(
+                        nursery,
+                        stream,
+                        message_queue_size=64,
+                        max_message_size=MAX_FRAME_BYTES,
+                        receive_buffer_size=1 << 18,
+                    )
+                await self._carry(handshake)
+                nursery.cancel_scope.cancel()
+        except Exception as error:
+            leaf = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            self._bus.publish(BridgeRefused(f"the connection broke before it was one ({leaf!r})"))
 
     async def _carry(self, handshake: trio_websocket.WebSocketRequest) -> None:
         """One connection's life."""
@@ -2305,6 +2336,8 @@ class BridgeListener:
             log.exception("A bridge broke; the others go on")
         finally:
             self._bridges.remove(bridge, reason)
+            with trio.move_on_after(CLOSE_TIMEOUT_SECONDS, shield=True):
+                await connection.aclose()
 
     def _take_frame(self, bridge: Bridge, hello: trio.CancelScope, frame: BrowserFrame) -> None:
         match frame:
@@ -2473,9 +2506,133 @@ async def _read_reply(exchange: Exchange, limit_bytes: int = 1 << 16) -> bytes:
 
 async def _read_rest(exchange: Exchange) -> None:
     """Let the response end by itself after its last line: a finished answer need not be aborted."""
-    with trio.move_on_after(2):
+    with trio.move_on_after(1):
         while await exchange.receive():
             pass
+
+
+class Attempt:
+    """One exchange for one lease: sent, pumped into the sink, and entered in the pool's books."""
+
+    def __init__(
+        self,
+        arena: ArenaConfig,
+        pool: SessionPool,
+        bridges: Bridges,
+        bridge: Bridge,
+        lease: Lease,
+        limits: Limits,
+    ) -> None:
+        self._arena, self._pool, self._bridges = arena, pool, bridges
+        self._bridge, self._lease, self._limits = bridge, lease, limits
+        self._account = bridge.account or ""
+        # Without a session the exchange opens one, under ids that are ours to choose.
+        self._session = lease.session or Session(
+            uuid7(), uuid7(), lease.model.id, self._account, lease.source, created_at=time.time()
+        )
+        lease.last_session_id = self._session.session_id
+
+    async def run(self, messages: Sequence[Message], sink: Sink) -> Finish:
+        """From the request to the pool's bookkeeping. Raises Setback."""
+        try:
+            with trio.fail_after(self._limits.exchange_seconds):
+                finish = await self._exchange(messages, sink)
+        except trio.TooSlowError:
+            message = f"The site did not finish within {self._limits.exchange_seconds:g} s."
+            self._note_failure(message)
+            raise _timed_out(message) from None
+        except Setback as setback:
+            if setback.course == "counts" or setback.error.error_code == "timeout":
+                self._note_failure(str(setback))
+            raise
+        finally:
+            self._bridges.gate(self._account).leave(self._lease)
+        if self._lease.session:
+            self._pool.note_use(self._session)
+        else:
+            # It exists at the site now: a cancellation must not lose it. The store's own timeout bounds this.
+            with trio.CancelScope(shield=True):
+                await self._pool.add(self._session)
+        return finish
+
+    def _note_failure(self, reason: str) -> None:
+        if self._lease.session:
+            self._pool.note_failure(self._session, reason)
+
+    def _send(self, messages: Sequence[Message]) -> AbstractContextManager[Exchange]:
+        session_id, message_id = self._session.session_id, self._session.message_id
+        if self._lease.session:
+            path = self._arena.retry_path.format(session_id=session_id, message_id=message_id)
+            return self._bridge.fetch("PUT", path, encode_retry(self._lease.model, messages, session_id))
+        body = encode_create(self._lease.model, messages, session_id, message_id)
+        return self._bridge.fetch("POST", self._arena.create_path, body)
+
+    async def _exchange(self, messages: Sequence[Message], sink: Sink) -> Finish:
+        """Send, read the head, and pump the body into the sink."""
+        with self._send(messages) as exchange:
+            try:
+                with trio.fail_after(self._limits.first_byte_seconds):
+                    head = await exchange.head()
+                    if head.status != 200:
+                        headers = {name.lower(): value for name, value in head.headers.items()}
+                        refusal = read_refusal(head.status, headers, await _read_reply(exchange))
+                        raise self._take_refusal(refusal)
+                self._bridges.note_accepted(self._bridge, self._lease)
+                return await self._pump(exchange, sink)
+            except ExchangeBroken as broken:
+                raise _tell_broken(broken) from None
+            except trio.TooSlowError:
+                message = f"The site sent nothing within {self._limits.first_byte_seconds:g} s."
+                raise _timed_out(message) from None
+
+    def _take_refusal(self, refusal: Refusal) -> Setback:
+        """Draw the consequences of a refusal; the Setback says how the request goes on."""
+        setback = _tell_refusal(refusal)
+        if refusal.kind == "challenge":
+            self._bridges.note_challenge(self._bridge)
+        elif refusal.kind == "signed_out":
+            self._bridges.note_signed_out(self._bridge)
+        elif refusal.kind == "rate_limited":
+            self._bridges.note_rate_limit(self._bridge, refusal.retry_after_seconds)
+        elif refusal.kind == "gone" and self._lease.session:
+            self._pool.retire(self._session, f"the site answered {refusal.status}")
+            setback.course = "free"
+        return setback
+
+    async def _pump(self, exchange: Exchange, sink: Sink) -> Finish:
+        """Decode the body into the sink as it arrives. Raises Setback when it ends without a good end."""
+        lease, decoder = self._lease, ArenaStreamDecoder()
+        while True:
+            seconds = self._limits.idle_seconds if lease.first_byte_at else self._limits.first_byte_seconds
+            with trio.move_on_after(seconds) as patience:
+                data = await exchange.receive()
+            if patience.cancelled_caught:
+                raise _timed_out(f"The site fell silent for {seconds:g} s.")
+            try:
+                events = decoder.feed(data) if data else decoder.finish()
+            except StreamError as error:
+                raise _failed_late("final", f"The site's answer cannot be read: {error}.") from None
+            last = events.pop() if decoder.is_finished and events else None
+            if events:
+                lease.first_byte_at = lease.first_byte_at or trio.current_time()
+                await sink.deliver(events)
+            if last is not None:
+                finish = self._judge_end(last)
+                await _read_rest(exchange)
+                return finish
+            if not data:
+                raise _failed_late("counts", "The site's answer was cut off.")
+
+    def _judge_end(self, last: AnswerEvent) -> Finish:
+        """The good end of an answer; raises Setback for any other."""
+        if not isinstance(last, Finish) or last.reason == "error":
+            reason = last.message if isinstance(last, Failure) else "its answer ended with an error"
+            raise _failed_late("counts", f"The site reported an error: {reason[:300]}", reply=reason)
+        # What opens a conversation may be answered with nothing, and so may what the site's moderation stops.
+        may_be_empty = self._lease.source == "bootstrap" or last.reason == "content-filter"
+        if not self._lease.first_byte_at and not may_be_empty:
+            raise _failed_late("counts", "The site's answer was empty.")
+        return last
 
 
 class Relay:
@@ -2531,34 +2688,33 @@ class Relay:
     async def _attempt_all(
         self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
     ) -> Finish:
-        failures, pauses = 0, 0
+        failures = pauses = 0
         patience_ends_at = math.inf
         while True:
             bridge = await self._choose(lease, limits)
             lease.attempts += 1
+            attempt = Attempt(self._config.arena, self._pool, self._bridges, bridge, lease, limits)
             try:
-                return await self._attempt(bridge, lease, messages, sink, limits)
+                return await attempt.run(messages, sink)
             except Setback as setback:
                 error, course = setback.error, setback.course
             if not sink.restart():
                 error.may_retry = False
                 raise error
             lease.first_byte_at = None
-            if course == "free":
-                pass
-            elif course == "pause":
-                patience_ends_at = min(patience_ends_at, trio.current_time() + self._pause_limit(limits))
-            else:
+            if course == "pause":
+                grace_seconds = min(limits.queue_seconds, self._config.bridge.reconnect_grace_seconds)
+                patience_ends_at = min(patience_ends_at, trio.current_time() + grace_seconds)
+            elif course != "free":
                 failures += 1
             if course == "final" or failures >= limits.attempts or trio.current_time() > patience_ends_at:
+                if course == "pause" and lease.session:
+                    self._pool.note_failure(lease.session, error.message)
                 raise error
             if course != "free":
                 self._pool.give_back(lease)
                 await trio.sleep(self.PAUSES[min(pauses, len(self.PAUSES) - 1)])
                 pauses += 1
-
-    def _pause_limit(self, limits: Limits) -> float:
-        return min(limits.queue_seconds, self._config.bridge.reconnect_grace_seconds)
 
     async def _choose(self, lease: Lease, limits: Limits) -> Bridge:
         """Pick the bridge, and into the lease the session if there is one, whose account may send now."""
@@ -2569,10 +2725,11 @@ class Relay:
             accounts = self._bridges.accounts()
             open_accounts = {account for account in accounts if self._bridges.gate(account).is_open}
             if open_accounts:
-                session = None
+                bridges = self._bridges.ready(open_accounts)
+                bridge = bridges[0]
                 if lease.source != "bootstrap":
-                    session = self._pool.take(lease, open_accounts)
-                bridge = self._bridges.least_busy({session.account} if session else open_accounts)
+                    takers = (each for each in bridges if self._pool.take(lease, (each.account or "",)))
+                    bridge = next(takers, bridge)
                 self._bridges.gate(bridge.account or "").enter(lease)
                 return bridge
             gates = [self._bridges.gate(account) for account in accounts]
@@ -2585,119 +2742,6 @@ class Relay:
                 message = f"The site limits this account's requests; it takes more in {gate.seconds:.0f} s."
                 fields: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded", "arena_status": 429}
                 raise ArenaError(message, retry_after=gate.seconds, **fields)
-
-    async def _attempt(
-        self, bridge: Bridge, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
-    ) -> Finish:
-        """One exchange, from its request to the pool's bookkeeping. Raises Setback."""
-        session, gate = lease.session, self._bridges.gate(bridge.account or "")
-        account = bridge.account or ""
-        opened = (
-            None
-            if session
-            else Session(uuid7(), uuid7(), lease.model.id, account, lease.source, created_at=time.time())
-        )
-        try:
-            with trio.fail_after(limits.exchange_seconds):
-                finish = await self._exchange(bridge, lease, opened, messages, sink, limits)
-        except trio.TooSlowError:
-            raise _timed_out(f"The site did not finish within {limits.exchange_seconds:g} s.") from None
-        except Setback as setback:
-            if session and setback.course == "counts":
-                self._pool.note_failure(session, str(setback))
-            raise
-        finally:
-            gate.leave(lease)
-        if session:
-            self._pool.note_use(session)
-        elif opened:
-            # It exists at the site now: a cancellation here must not lose it. Bounded by the store's own
-            # timeout.
-            with trio.CancelScope(shield=True):
-                await self._pool.add(opened)
-        return finish
-
-    async def _exchange(
-        self,
-        bridge: Bridge,
-        lease: Lease,
-        opened: Session | None,
-        messages: Sequence[Message],
-        sink: Sink,
-        limits: Limits,
-    ) -> Finish:
-        """Send, read the head, and pump the body into the sink."""
-        arena, model, session = self._config.arena, lease.model, lease.session
-        if session:
-            path = arena.retry_path.format(session_id=session.session_id, message_id=session.message_id)
-            call = bridge.fetch("PUT", path, encode_retry(model, messages, session.session_id))
-        else:
-            assert opened is not None
-            body = encode_create(model, messages, opened.session_id, opened.message_id)
-            call = bridge.fetch("POST", arena.create_path, body)
-        with call as exchange:
-            try:
-                with trio.fail_after(limits.first_byte_seconds):
-                    head = await exchange.head()
-                    if head.status != 200:
-                        headers = {name.lower(): value for name, value in head.headers.items()}
-                        refusal = read_refusal(head.status, headers, await _read_reply(exchange))
-                        raise self._take_refusal(bridge, lease, refusal)
-                self._bridges.note_accepted(bridge)
-                return await self._pump(exchange, lease, sink, limits)
-            except ExchangeBroken as broken:
-                raise _tell_broken(broken) from None
-            except trio.TooSlowError:
-                message = f"The site sent nothing within {limits.first_byte_seconds:g} s."
-                raise Setback(
-                    "final", ArenaError(message, status=504, code="timeout", may_retry=False)
-                ) from None
-
-    def _take_refusal(self, bridge: Bridge, lease: Lease, refusal: Refusal) -> Setback:
-        """Draw the consequences of a refusal; the Setback says how the request goes on."""
-        setback = _tell_refusal(refusal)
-        if refusal.kind == "challenge":
-            self._bridges.note_challenge(bridge)
-        elif refusal.kind == "signed_out":
-            self._bridges.note_signed_out(bridge)
-        elif refusal.kind == "rate_limited":
-            self._bridges.note_rate_limit(bridge, refusal.retry_after_seconds)
-        elif refusal.kind == "gone" and lease.session:
-            self._pool.retire(lease.session, f"the site answered {refusal.status}")
-            setback.course = "free"
-        return setback
-
-    async def _pump(self, exchange: Exchange, lease: Lease, sink: Sink, limits: Limits) -> Finish:
-        """Decode the body into the sink as it arrives. Raises Setback when it ends without a good end."""
-        decoder = ArenaStreamDecoder()
-        while True:
-            patience_seconds = limits.idle_seconds if lease.first_byte_at else limits.first_byte_seconds
-            with trio.move_on_after(patience_seconds) as patience:
-                data = await exchange.receive()
-            if patience.cancelled_caught:
-                raise _timed_out(f"The site fell silent for {patience_seconds:g} s.")
-            try:
-                events = decoder.feed(data) if data else decoder.finish()
-            except StreamError as error:
-                raise _failed_late("final", f"The site's answer cannot be read: {error}.") from None
-            last = events.pop() if decoder.is_finished and events else None
-            if events:
-                lease.first_byte_at = lease.first_byte_at or trio.current_time()
-                await sink.deliver(events)
-            if isinstance(last, Finish) and last.reason != "error":
-                if (
-                    not lease.first_byte_at
-                    and lease.source != "bootstrap"
-                    and last.reason != "content-filter"
-                ):
-                    raise _failed_late("counts", "The site's answer was empty.")
-                await _read_rest(exchange)
-                return last
-            if last is not None:
-                reason = last.message if isinstance(last, Failure) else "its answer ended with an error"
-                raise _failed_late("counts", f"The site reported an error: {reason[:300]}", reply=reason)
-            if not data:
-                raise _failed_late("counts", "The site's answer was cut off.")
 
 
 # ==========================================================================================================
@@ -2721,6 +2765,20 @@ _EVENT_STYLES: dict[type[Event], str] = {
 }
 
 
+class Screen(RichConsole):
+    """A console that falls silent when nobody reads it any more, instead of ending the program."""
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().print(*args, **kwargs)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class ConsoleHandler(logging.Handler):
     """Shows log records: one line each, and the whole story of a model that is skipped."""
 
@@ -2739,6 +2797,9 @@ class ConsoleHandler(logging.Handler):
             self._show_traceback(record.exc_info[1])
 
     def _show_traceback(self, error: BaseException) -> None:
+        # Only now: it brings a syntax highlighter, 1.3 MB that most runs never need.
+        from rich.traceback import Traceback
+
         # No local variables: they hold conversations.
         trace = Traceback.from_exception(
             type(error), error, error.__traceback__, width=110, show_locals=False
@@ -2799,6 +2860,32 @@ class Console:
                 nursery.start_soon(refresh)
                 yield
                 nursery.cancel_scope.cancel()
+
+    def countdown(self, ends_at: float) -> AbstractAsyncContextManager[None]:
+        """Show how long the tab still has to stay ready; `ends_at` in Trio's time."""
+
+        def render() -> RichText:
+            return RichText(f"The tab is ready; settling for {max(0, ends_at - trio.current_time()):.0f} s")
+
+        return self.live(render)
+
+    def progress(self, count: Callable[[], tuple[int, int, str]]) -> AbstractAsyncContextManager[None]:
+        """Show a bar of what `count` returns: done, of how many, and a remark."""
+        columns = (
+            TextColumn("Opening conversations"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        bar = Progress(*columns, TextColumn("{task.fields[remark]}", style="red"), auto_refresh=False)
+        task = bar.add_task("", remark="")
+
+        def render() -> Progress:
+            done, total, text = count()
+            bar.update(task, completed=done, total=total, remark=escape(text))
+            return bar
+
+        return self.live(render)
 
     def restore(self) -> None:
         """Leave the terminal as it was found, also in the middle of a live display."""
@@ -2868,6 +2955,20 @@ PHASES: dict[tuple[Phase, str], Phase] = {
 }
 
 
+def opening_limits(settings: BootstrapConfig) -> Limits:
+    """An opening waits for the tab and for its place as long as it takes, and is tried once."""
+    return Limits(
+        queue_seconds=math.inf,
+        rate_limit_seconds=settings.max_rate_limit_wait_seconds,
+        first_byte_seconds=settings.timeout_seconds,
+        idle_seconds=settings.timeout_seconds,
+        exchange_seconds=settings.timeout_seconds,
+        total_seconds=math.inf,
+        person_wait_seconds=math.inf,
+        attempts=1,
+    )
+
+
 class Bootstrap:
     """Opens the conversations that the store lacks, once the person says so."""
 
@@ -2886,8 +2987,9 @@ class Bootstrap:
         self.opened = self.planned = 0
         self.skipped: dict[str, ModelSkipped] = {}
         self.is_confirmed = False
+        self._greeting = Message("user", config.bootstrap.message)
+        self._limits = opening_limits(config.bootstrap)
         self._opening: Counter[str] = Counter()
-        self._settled_at = math.inf
         # What start, skip and abort cancel: the question or the run, whichever is on.
         self._scope: trio.CancelScope | None = None
         self._is_start_wanted = False
@@ -2963,20 +3065,15 @@ class Bootstrap:
         """Wait until a tab has been ready for `settle_seconds` on end."""
         while True:
             await self._bridges.wait_ready(math.inf)
-            self._settled_at = trio.current_time() + self._config.bootstrap.settle_seconds
+            settled_at = trio.current_time() + self._config.bootstrap.settle_seconds
             self._go("ready", f"{self._config.bootstrap.settle_seconds:g} s")
-            async with self._console.live(self._render_countdown):
-                with trio.move_on_at(self._settled_at):
+            async with self._console.countdown(settled_at):
+                with trio.move_on_at(settled_at):
                     while self._bridges.obstacle() is None:
                         await self._bridges.wait_changed()
             if self._bridges.obstacle() is None:
                 return
             self._go("lost", "the tab is not ready any more")
-
-    def _render_countdown(self) -> RichText:
-        return RichText(
-            f"The tab is ready; settling for {max(0, self._settled_at - trio.current_time()):.0f} s"
-        )
 
     def _plan(self) -> list[tuple[Model, int]]:
         """What is to be opened: models and how many conversations each lacks."""
@@ -3004,10 +3101,9 @@ class Bootstrap:
             await self._bridges.wait_ready(math.inf)
             plan = self._plan()
             self.planned = sum(missing for _, missing in plan)
-            progress = self._progress()
-            async with self._console.live(lambda: self._render(progress)):
+            async with self._console.progress(self._count):
                 await self._fan_out(plan)
-        was_aborted = self._scope.cancelled_caught
+        was_aborted = self._scope.cancelled_caught or bool(self._abort_reason)
         detail = f"{self.opened} of {self.planned} opened"
         self._go("abort" if was_aborted else "finish", f"{detail}, {self._abort_reason}".rstrip(", "))
         self._console.summary([*self._sum_up()])
@@ -3018,35 +3114,27 @@ class Bootstrap:
         async with trio.open_nursery() as nursery:
             for number in range(rounds):
                 for model in [model for model, missing in plan if missing > number]:
+                    if self._abort_reason:
+                        return
                     lease = Lease(f"bootstrap-{uuid7()}", model, "bootstrap")
                     await limiter.acquire_on_behalf_of(lease)
                     nursery.start_soon(self._open, lease, limiter)
 
     async def _open(self, lease: Lease, limiter: trio.CapacityLimiter) -> None:
         """Open one conversation, unless that has become needless."""
-        model, settings = lease.model, self._config.bootstrap
-        limits = Limits(
-            queue_seconds=math.inf,
-            rate_limit_seconds=settings.max_rate_limit_wait_seconds,
-            first_byte_seconds=settings.timeout_seconds,
-            idle_seconds=settings.timeout_seconds,
-            exchange_seconds=settings.timeout_seconds,
-            total_seconds=math.inf,
-            person_wait_seconds=math.inf,
-            attempts=1,
-        )
+        model = lease.model
         try:
             if model.id in self.skipped or self._pool.missing(model) <= self._opening[model.id]:
                 return
             self._opening[model.id] += 1
             try:
-                await self._relay.answer(lease, [Message("user", settings.message)], Discard(), limits)
+                await self._relay.answer(lease, [self._greeting], Discard(), self._limits)
             finally:
                 self._opening[model.id] -= 1
             self.opened += 1
         except ApiError as error:
             if error.error_code == "rate_limit_exceeded":
-                self.abort(error.message)
+                self._abort_reason = error.message  # Nothing more is begun; what is under way may finish.
             else:
                 self._skip(model, error)
         except Exception as error:
@@ -3064,23 +3152,10 @@ class Bootstrap:
         self.skipped[model.id] = event
         self._bus.publish(event)
 
-    def _progress(self) -> Progress:
-        columns = (
-            TextColumn("Opening conversations"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        progress = Progress(*columns, TextColumn("{task.fields[note]}", style="red"), auto_refresh=False)
-        progress.add_task("", total=self.planned, note="")
-        return progress
-
-    def _render(self, progress: Progress) -> Progress:
+    def _count(self) -> tuple[int, int, str]:
         obstacle = self._bridges.obstacle()
         skipped = f"{len(self.skipped)} models skipped" if self.skipped else ""
-        note = f"paused: {obstacle.advice}" if obstacle else skipped
-        progress.update(progress.task_ids[0], completed=self.opened, note=escape(note))
-        return progress
+        return self.opened, self.planned, f"paused: {obstacle.advice}" if obstacle else skipped
 
     def _sum_up(self) -> Iterator[tuple[str, int, str, str]]:
         for pool in self._pool:
@@ -3323,6 +3398,8 @@ class StreamedReply(Reply):
         except trio.WouldBlock:
             await self._turn.acquire()
         try:
+            if self.http.has_ended:
+                return  # A keep-alive that waited for its turn behind the last chunk.
             if not self.http.has_started:
                 await self.http.send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
                 data = self._encoder.delta({"role": "assistant", "content": ""}) + data
@@ -3419,8 +3496,9 @@ class Chat:
         self, lease: Lease, messages: Sequence[Message], reply: Reply, received_at: float
     ) -> None:
         status, outcome, usage = 499, "client_left", None
+        self._running[lease.request_id] = scope = trio.CancelScope()
         try:
-            with self._noted_as_running(lease) as scope:
+            with scope:
                 finish = await self._relay.answer(lease, messages, reply, self._limits())
                 usage = count_usage(finish, messages, reply.text)
                 await reply.finish(finish, usage)
@@ -3436,6 +3514,10 @@ class Chat:
             await reply.fail(ApiError("The program has an error; its log has the whole story."))
         finally:
             self._note_ended(lease, messages, reply, received_at, status, outcome, usage)
+            del self._running[lease.request_id]
+            if not self._running:
+                self._idle.set()
+                self._idle = trio.Event()
 
     def _limits(self) -> Limits:
         settings = self._config.requests
@@ -3449,18 +3531,6 @@ class Chat:
             person_wait_seconds=settings.person_wait_seconds,
             attempts=3,
         )
-
-    @contextmanager
-    def _noted_as_running(self, lease: Lease) -> Iterator[trio.CancelScope]:
-        with trio.CancelScope() as scope:
-            self._running[lease.request_id] = scope
-            try:
-                yield scope
-            finally:
-                del self._running[lease.request_id]
-                if not self._running:
-                    self._idle.set()
-                    self._idle = trio.Event()
 
     def _note_ended(
         self,
@@ -3520,16 +3590,22 @@ class Admission:
                 "access-control-expose-headers": "x-request-id, retry-after, x-ignored-parameters",
                 "vary": "origin",
             }
-        elif origin is not None and urlsplit(origin).netloc != host and self._changes_state(http):
+        elif origin is not None and origin.partition("://")[2] != host and self._needs_no_preflight(http):
             raise ClientError(f"Calls from {origin} are not allowed.", status=403, code="origin_not_allowed")
         if http.method != "OPTIONS" and http.path.startswith(self.GUARDED):
             self._check_key(http.headers.get("authorization", ""))
 
-    def _changes_state(self, http: HttpRequest) -> bool:
-        return http.path.startswith("/api/") and http.method not in ("GET", "HEAD", "OPTIONS")
+    def _needs_no_preflight(self, http: HttpRequest) -> bool:
+        """Whether a foreign page could have sent this without asking: JSON to /v1 it must ask for first."""
+        is_json = http.headers.get("content-type", "").startswith("application/json")
+        is_asked_for = http.path.startswith("/v1/") and is_json
+        return http.method not in ("GET", "HEAD", "OPTIONS") and not is_asked_for
 
     def _is_own_host(self, host: str) -> bool:
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+        except ValueError:
+            return False
         allowed = {self._config.host.lower(), *(each.lower() for each in self._config.allowed_hosts)}
         return name in LOOPBACK_HOSTS or name in allowed or host.lower() in allowed
 
@@ -3539,7 +3615,7 @@ class Admission:
     def _check_key(self, authorization: str) -> None:
         expected = self._config.api_key
         given = authorization.removeprefix("Bearer ").strip()
-        if expected and not hmac.compare_digest(given.encode(), expected.encode()):
+        if expected and not hmac.compare_digest(given.encode("latin-1"), expected.encode()):
             raise ClientError("The API key is missing or wrong.", status=401, code="invalid_api_key")
 
     def preflight(self, http: HttpRequest) -> dict[str, str]:
@@ -3571,7 +3647,10 @@ class ApiConnection(TrioASGIHTTPConnection):
             self.app.admission.check(http)
             if http.method == "OPTIONS":
                 await http.respond(204, b"", self.app.admission.preflight(http))
-            elif http.path == "/v1/chat/completions" and http.method == "POST":
+            elif http.path == "/v1/chat/completions":
+                if http.method != "POST":
+                    message = f"Method Not Allowed: {http.method} {http.path}."
+                    raise ClientError(message, status=405, code="method_not_allowed")
                 await self.app.chat.answer(http)
             else:
                 self.scope["lmarena_proxy.request"] = http  # type: ignore[typeddict-unknown-key]
@@ -3608,6 +3687,7 @@ class Api:
         server.bind = [f"{host}:{self._config.server.port}"]
         server.backlog = 1024
         server.keep_alive_timeout = 75
+        server.keep_alive_max_requests = sys.maxsize  # Else the 1000th answer says "Connection: close".
         server.graceful_timeout = 1
         server.h11_max_incomplete_size = 1 << 16
         server.include_server_header = False
@@ -3642,8 +3722,11 @@ class Api:
 
     async def _tell_error(self, error: Exception) -> Response:
         """Errors inside Quart go the way of all others: through `HttpRequest.respond_error`'s renderer."""
+        if not has_request_context():
+            return Response(status=404)  # A WebSocket; this port has none.
         if isinstance(error, HTTPException):
-            code = {404: "not_found", 405: "method_not_allowed"}.get(error.code or 500, "invalid_request")
+            codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+            code = codes.get(error.code or 500, "invalid_request")
             description = f"{error.name}: {request.method} {request.path}."
             error = ClientError(description, status=error.code or 500, code=code)
         elif not isinstance(error, ApiError):
@@ -3813,19 +3896,25 @@ class Program:
         async with trio.open_nursery() as outer:
             await outer.start(self.store.run)
             try:
-                async with trio.open_nursery() as nursery:
-                    self._scope = nursery.cancel_scope
-                    bridge, server = self.config.bridge, self.config.server
-                    port = await _listen(nursery, "bridge.port", bridge.port, self.listener.serve)
-                    self.api.bridge_url = f"ws://{_reachable(bridge.host)}:{port}/"
-                    await _listen(nursery, "server.port", server.port, self.api.serve)
-                    nursery.start_soon(self.bootstrap.supervise)
-                    task_status.started(self)
+                with self._scope:
+                    async with trio.open_nursery() as nursery:
+                        await self._start(nursery)
+                        task_status.started(self)
             finally:
                 self.store.close()
+            if not self.api.url:
+                task_status.started(self)  # Stopped before it was up: whoever waits has to go on.
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        bridge, server = self.config.bridge, self.config.server
+        port = await _listen(nursery, "bridge.port", bridge.port, self.listener.serve)
+        self.api.bridge_url = f"ws://{_reachable(bridge.host)}:{port}/"
+        await _listen(nursery, "server.port", server.port, self.api.serve)
+        nursery.start_soon(self.bootstrap.supervise)
 
     async def stop(self) -> None:
         """Shut down: no new requests, the running ones get their grace, then everything ends."""
+        self.bootstrap.abort("the program is shutting down")
         await self.chat.drain(self.config.server.shutdown_grace_seconds)
         self._scope.cancel()
 
@@ -3944,13 +4033,6 @@ async def run_demo(
             await trio.sleep(0.5)
 
 
-def release_memory() -> None:
-    """Give back what compiling this file took, about 7 MB: glibc keeps it otherwise."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim:
-        trim(0)
-
-
 async def live(config: Config, directory: Path, console: Console, options: argparse.Namespace) -> None:
     """The life of the process: signals first, then the ports, the banner, and whatever comes."""
     program = Program(config, directory, console)
@@ -3959,28 +4041,32 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
         await nursery.start(program.obey_signals)
         async with trio.open_nursery() as serving:
             await serving.start(program.run)
+            if not program.api.url:
+                return
             sessions = sum(len(pool.sessions) for pool in program.pool)
             notice = DEMO_NOTICE if options.demo else ""
             console.banner(
                 program.api.url, program.api.bridge_url, len(program.pool.catalog), sessions, notice
             )
             if options.demo:
-                await serving.start(run_demo, program)
+                await nursery.start(run_demo, program)
         nursery.cancel_scope.cancel()
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
-    release_memory()
     options = parse_arguments(arguments)
-    screen = RichConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # A code page without Chinese must not end the program.
+    is_seen = sys.stdout is not None and sys.stdout.isatty()
+    screen = Screen(highlight=False, width=None if is_seen else 120)
     try:
         config, directory = configure(options, os.environ)
-        console = Console(screen, can_ask=sys.stdin.isatty())
+        console = Console(screen, can_ask=sys.stdin is not None and sys.stdin.isatty())
+        open_log(config.log, directory / config.log.directory)
         if options.check:
             check(config, directory, console)
             return EXIT_OK
-        open_log(config.log, directory / config.log.directory)
         log.addHandler(ConsoleHandler(screen))
         # The stand-in's conversations have no place in the real store.
         place = tempfile.TemporaryDirectory(prefix="lmarena-proxy-demo-") if options.demo else nullcontext()

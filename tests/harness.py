@@ -331,7 +331,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             cwd=directory,
-            env=environment | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"},
+            env=environment | {"TERM": "xterm-256color", "TMPDIR": str(directory)},
             start_new_session=True,
             preexec_fn=_take_terminal if keyboard else None,
         )

@@ -28,6 +28,7 @@ from demo.arena import Failure, Switches
 from lmarena_proxy import (
     PHASES,
     Bootstrap,
+    Config,
     EventBus,
     ModelSkipped,
     Phase,
@@ -239,7 +240,7 @@ async def test_abort_stops_the_openings_at_the_site_and_keeps_what_there_is(
 def make_bootstrap(phase: Phase) -> Bootstrap:
     """A bootstrap of which only the phases are used."""
     nothing: Any = None
-    bootstrap = Bootstrap(nothing, nothing, nothing, nothing, nothing, EventBus())
+    bootstrap = Bootstrap(Config(), nothing, nothing, nothing, nothing, EventBus())
     bootstrap.phase = phase
     return bootstrap
 

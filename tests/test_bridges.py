@@ -424,10 +424,10 @@ async def test_requests_go_to_the_least_busy_tab_of_their_account(tmp_path: Path
     async with gateway(tmp_path) as at, at.tab(), at.tab(), at.tab(account="other"):
         first, second, other = sorted(at.bridges, key=lambda each: each.id)
         with first.fetch("POST", "/api/stream/x", ""):
-            assert at.bridges.least_busy({"mine"}) is second
+            assert at.bridges.ready({"mine"})[0] is second
             with second.fetch("POST", "/api/stream/x", ""), second.fetch("POST", "/api/stream/x", ""):
-                assert at.bridges.least_busy({"mine"}) is first
-                assert at.bridges.least_busy({"mine", "other"}) is other
+                assert at.bridges.ready({"mine"})[0] is first
+                assert at.bridges.ready({"mine", "other"})[0] is other
 
 
 async def silence(clock: trio.testing.MockClock, seconds: float) -> None:
@@ -543,7 +543,7 @@ async def test_a_stale_sign_in_is_reloaded_once_and_then_the_persons_matter(tmp_
         await refuse_401()
         await tab.hear("reload")
         await refuse_401()
-        at.bridges.note_accepted(bridge)
+        at.bridges.note_accepted(bridge, a_lease("any"))
         await refuse_401()
         assert states == ["loading", "sign_in", "loading"]
 
@@ -602,7 +602,11 @@ async def test_a_success_ends_the_doubling(autojump_clock: trio.testing.MockCloc
     for _ in range(3):
         gate.refuse(None)
         await trio.sleep(gate.seconds)
-    gate.accept()
+    probe = a_lease("probe")
+    gate.enter(probe)
+    gate.accept(a_lease("sent before"))
+    assert not gate.is_open
+    gate.accept(probe)
     assert gate.is_open
     assert gate.refuse(None) == pytest.approx(5)
 
@@ -651,7 +655,7 @@ async def test_after_the_pause_one_goes_first_and_the_others_when_the_site_took_
         gate.enter(lease)
         passed.append((name, round(trio.current_time(), 3)))
         await trio.sleep(2)
-        gate.accept()
+        gate.accept(lease)
         gate.leave(lease)
 
     started = trio.current_time()

@@ -15,7 +15,7 @@ TREE = ast.parse(SOURCE)
 
 MAX_FUNCTION_LINES, MAX_CLASS_LINES = 50, 200
 # Classes that are longer than they should be, and how long they were when that was accepted. Only downward.
-LONG_CLASSES = {"Bridges": 253, "Relay": 220, "Bootstrap": 234}
+LONG_CLASSES = {"Bootstrap": 206}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
