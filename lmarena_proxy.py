@@ -3172,10 +3172,8 @@ class Bootstrap:
 
     def snapshot(self) -> dict[str, object]:
         """The `bootstrap` part of /api/state."""
-        skipped = [
-            {"model": event.model, "model_id": event.model_id, "reason": event.reason}
-            for event in self.skipped.values()
-        ]
+        names = ("model", "model_id", "reason")
+        skipped = [{name: getattr(event, name) for name in names} for event in self.skipped.values()]
         return {"phase": self.phase, "opened": self.opened, "planned": self.planned, "skipped": skipped}
 
 

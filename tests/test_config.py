@@ -71,11 +71,11 @@ def test_the_readme_names_every_setting(setting: str) -> None:
         ("[pool]\nsessions_per_model = 0", "pool.sessions_per_model", 0, ">= 1"),
         ("[pool]\nsessions_per_model = 1.5", "pool.sessions_per_model", 1.5, "int"),
         ("[requests]\nidle_timeout_seconds = -1", "requests.idle_timeout_seconds", -1, ">= 0"),
-        ('[requests]\nkeepalive = "pings"', "requests.keepalive", "pings", "enum value"),
-        ("[requests]\nkeepalive_seconds = 0", "requests.keepalive_seconds", 0, "> 0"),
-        ("[bridge]\nheartbeat_seconds = 0", "bridge.heartbeat_seconds", 0, "> 0"),
+        ('[requests]\nkeepalive = "pings"', "requests.keepalive", "pings", "one of chunk, comment, off"),
+        ("[requests]\nkeepalive_seconds = 0", "requests.keepalive_seconds", 0, ">= 0.01"),
+        ("[bridge]\nheartbeat_seconds = 0", "bridge.heartbeat_seconds", 0, ">= 0.01"),
         ('[bootstrap]\nmessage = ""', "bootstrap.message", "", "length >= 1"),
-        ('[log]\nlevel = "debug"', "log.level", "debug", "enum value"),
+        ('[log]\nlevel = "debug"', "log.level", "debug", "one of DEBUG, INFO"),
     ],
 )
 def test_a_wrong_setting_is_named_with_value_and_expectation(
