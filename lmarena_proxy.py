@@ -3187,8 +3187,8 @@ class Bootstrap:
 # it admits a request (host, key, origin), gives it its id, and renders its error, if nothing has been sent
 # yet.
 #
-# One nursery a chat request: the task that answers, and one that attends to the client (keep-alives, its
-# leaving).
+# One nursery a chat request: the task that answers, one that attends to the client (its leaving, keep-
+# alives), and for a stream the one that writes.
 
 ASGIReceive = Callable[[], Awaitable[Any]]
 ASGISend = Callable[[Any], Awaitable[None]]
@@ -3284,6 +3284,10 @@ class Reply:
     def text(self) -> str:
         return "".join(self.texts)
 
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Start what runs beside the answering task."""
+        nursery.start_soon(self.attend, nursery.cancel_scope)
+
     async def attend(self, request_scope: trio.CancelScope) -> None:
         """Wait for the client to leave, and then end the request."""
         while (await self.http.receive())["type"] != "http.disconnect":
@@ -3348,7 +3352,9 @@ class WholeReply(Reply):
 class StreamedReply(Reply):
     """Server-sent events.
 
-    The status line is held until the answer begins or `commit_after_seconds` are over.
+    The status line is held until the answer begins or `commit_after_seconds` are over. The answering task
+    only fills an outbox: another one writes, since a write to a client that reads nothing cannot be cancelled
+    and must not hold the lease.
     """
 
     HEADERS = (
@@ -3356,58 +3362,80 @@ class StreamedReply(Reply):
         (b"cache-control", b"no-store"),
         (b"x-accel-buffering", b"no"),
     )
+    OUTBOX_LIMIT_BYTES = 1 << 20
 
     def __init__(self, http: HttpRequest, model: str, settings: RequestsConfig, include_usage: bool) -> None:
         super().__init__(http, model)
         self._settings, self._include_usage = settings, include_usage
         self._encoder = ChunkEncoder(self.answer_id, model, self.created)
-        self._has_content = False
-        self._written_at = trio.current_time()
-        # The answering and the attending task both write; a response must have started before its body.
-        self._turn = trio.Lock()
+        self._outbox = bytearray()
+        self._filled, self._emptied = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
+        self._written = trio.Event()
+        self._put_at = trio.current_time()
+        # Whether there is a status, whether there is some of the answer, and whether there is all of it.
+        self._is_committed = self._has_content = self._is_complete = False
+
+    def begin(self, nursery: trio.Nursery) -> None:
+        super().begin(nursery)
+        nursery.start_soon(self._write)
 
     def restart(self) -> bool:
         return not self._has_content
 
     async def attend(self, request_scope: trio.CancelScope) -> None:
         """Also commits to a status, and keeps a quiet stream alive."""
-        due_at = self._written_at + self._settings.commit_after_seconds
+        due_at = self._put_at + self._settings.commit_after_seconds
         while True:
-            with trio.move_on_at(due_at) as timer:
+            with trio.move_on_at(due_at):
                 await super().attend(request_scope)
                 return
-            assert timer.cancelled_caught
-            due_at = self._written_at + self._settings.keepalive_seconds
-            if not self.http.has_started:
-                await self._write(b"")
-            elif trio.current_time() >= due_at:
-                await self._write(self._keepalive())
-            due_at = self._written_at + self._settings.keepalive_seconds
+            due_at = self._put_at + self._settings.keepalive_seconds
+            if self._is_complete:
+                due_at = math.inf
+            elif not self._is_committed or trio.current_time() >= due_at:
+                self._put(self._keepalive() if self._is_committed else b"")
+                due_at = self._put_at + self._settings.keepalive_seconds
 
     def _keepalive(self) -> bytes:
         # Some watchdogs count chunks and not comments; some naive clients choke on comments.
         kinds = {"chunk": self._encoder.delta({"content": ""}), "comment": SSE_COMMENT, "off": b""}
         return kinds[self._settings.keepalive]
 
-    async def _write(self, data: bytes, *, is_last: bool = False) -> None:
-        self._written_at = trio.current_time()
-        try:
-            self._turn.acquire_nowait()
-        except trio.WouldBlock:
-            await self._turn.acquire()
-        try:
-            if self.http.has_ended:
-                return  # A keep-alive that waited for its turn behind the last chunk.
+    def _put(self, data: bytes, *, is_last: bool = False) -> None:
+        if not self._is_committed:
+            self._is_committed = True
+            self._outbox += self._encoder.delta({"role": "assistant", "content": ""})
+        self._outbox += data
+        self._is_complete = is_last
+        self._put_at = trio.current_time()
+        self._filled.unpark_all()
+
+    async def _write(self) -> None:
+        """Send what the outbox holds, as long as there is something to come."""
+        is_last = False
+        while not is_last:
+            if not self._outbox:
+                await self._filled.park()
             if not self.http.has_started:
                 await self.http.send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
-                data = self._encoder.delta({"role": "assistant", "content": ""}) + data
+            data, is_last = bytes(self._outbox), self._is_complete
+            self._outbox.clear()
             await self.http.send({"type": "http.response.body", "body": data, "more_body": not is_last})
-        finally:
-            self._turn.release()
+            self._emptied.unpark_all()
+        self._written.set()
+
+    async def _wait_for_client(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Wait for what the client's reading brings about. Raises ClientLeft when that takes too long."""
+        with trio.move_on_after(self._settings.idle_timeout_seconds):
+            await wait()
+            return
+        raise ClientLeft
 
     async def deliver(self, events: Sequence[AnswerEvent]) -> None:
         self._has_content = True
-        await self._write(b"".join([self._encode(event) for event in events]))
+        self._put(b"".join([self._encode(event) for event in events]))
+        while len(self._outbox) > self.OUTBOX_LIMIT_BYTES:
+            await self._wait_for_client(self._emptied.park)
 
     def _encode(self, event: AnswerEvent) -> bytes:
         match event:
@@ -3426,15 +3454,21 @@ class StreamedReply(Reply):
 
     async def finish(self, finish: Finish, usage: Usage) -> None:
         last = self._encoder.usage(usage) if self._include_usage else b""
-        await self._write(self._encoder.finish(finish_reason(finish)) + last + SSE_DONE, is_last=True)
+        await self._end(self._encoder.finish(finish_reason(finish)) + last + SSE_DONE)
 
     async def fail(self, error: ApiError) -> None:
-        if not self.http.has_started:
+        if not self._is_committed:
+            self._is_committed = self._is_complete = True
             await self.http.respond_error(error)
         else:
             # The one place where an error is rendered after the first byte.
             event = b"data: " + _encode_json(error_object(error, self.http.id)) + b"\n\n"
-            await self._write(event + SSE_DONE, is_last=True)
+            await self._end(event + SSE_DONE)
+
+    async def _end(self, data: bytes) -> None:
+        if not self._is_complete:
+            self._put(data, is_last=True)
+        await self._wait_for_client(self._written.wait)
 
 
 def _for_log(message: Message) -> dict[str, object]:
@@ -3486,7 +3520,7 @@ class Chat:
             reply = StreamedReply(http, chat.model, settings, include_usage)
         lease = Lease(http.id, model)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reply.attend, nursery.cancel_scope)
+            reply.begin(nursery)
             await self._carry_out(lease, messages, reply, received_at)
             nursery.cancel_scope.cancel()
 
@@ -3503,6 +3537,8 @@ class Chat:
                 status, outcome = 200, finish_reason(finish)
             if scope.cancelled_caught:
                 raise BridgeError("The program is shutting down.", code="shutting_down", may_retry=False)
+        except ClientLeft:
+            log.info("Request %s: the client does not read any more", reply.http.id)
         except ApiError as error:
             status, outcome = error.http_status, error.error_code
             await reply.fail(error)

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import socket
+import struct
 from collections import Counter
 from contextlib import AsyncExitStack
 from datetime import datetime
@@ -1091,3 +1093,42 @@ async def test_a_session_is_deleted_on_request(nursery: trio.Nursery, tmp_path: 
     assert (await rig.http.delete(f"/api/sessions/{first}")).status_code == 200
     assert first not in rig.pool(CLAUDE).sessions
     check_error(await rig.http.delete(f"/api/sessions/{first}"), 404, "not_found")
+
+
+async def test_a_client_that_reads_nothing_holds_no_conversation(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    tables: Tables = {"requests": {"idle_timeout_seconds": 1}}
+    switches = Switches(answers={"*": ["x" * 100_000] * 300})
+    rig = await start(nursery, tmp_path, tables=tables, switches=switches)
+    port = int(rig.url.rsplit(":", 1)[1])
+    body = json.dumps(request_body(CLAUDE, stream=True)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    async with await trio.open_tcp_stream("127.0.0.1", port) as client:
+        await client.send_all(head.encode() + body)
+        await until(lambda: rig.event(RequestEnded))
+        assert rig.pool(CLAUDE).limiter.borrowed_tokens == 0
+        await until(lambda: rig.arena.stats()["running"] == 0)
+        rig.arena.switch(answers={})
+        assert (await rig.chat(CLAUDE, "and me?")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01 no http at all\r\n\r\n", None]
+)
+async def test_connections_that_break_at_the_bridges_port_break_nothing_else(
+    nursery: trio.Nursery, tmp_path: Path, said: bytes | None
+) -> None:
+    rig = await start(nursery, tmp_path)
+    port = int(rig.program.api.bridge_url.rstrip("/").rsplit(":", 1)[1])
+    if said is None:
+        key = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        key += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nOrigin: https://evil.example\r\n"
+        said = f"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n{key}\r\n".encode()
+    for _ in range(30):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(said)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await trio.sleep(0.01)
+    assert (await rig.chat(CLAUDE)).status_code == 200
