@@ -22,7 +22,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import trio
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Page, Playwright
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,7 +296,15 @@ def status_of(page: Page) -> str | None:
 
 
 def wait_status(page: Page, status: str) -> None:
-    page.wait_for_function(f"document.querySelector('{BADGE}')?.dataset.status === '{status}'")
+    """Poll from outside: `wait_for_function` evaluates in the page, which a policy of the page may forbid."""
+
+    def look() -> bool:
+        try:
+            return status_of(page) == status
+        except Error:
+            return False  # The page is being left for another.
+
+    eventually(look, f"status {status}")
 
 
 def sign_in(page: Page, path: str = "/") -> None:
