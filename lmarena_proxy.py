@@ -26,6 +26,21 @@ The file is read downward, once: a definition is used only below itself. Its sec
     Command line
 """
 
+import os
+import sys
+
+if __name__ == "__main__" and os.name == "posix" and sys.gettrace() is None:
+    # Begin again as a module, in the same process: of a script Python keeps the whole syntax tree as long as
+    # it runs (10 MB of this one), and compiles it at each start. Not under a debugger: it would lose sight.
+    steps = (
+        "import sys, importlib",
+        "sys.path[0], name = sys.argv[1:3]",
+        "sys.exit(importlib.import_module(name).main(sys.argv[3:]))",
+    )
+    flags, (place, file) = sys.orig_argv[1 : -len(sys.argv)], os.path.split(os.path.realpath(__file__))
+    command = [*flags, "-c", "; ".join(steps), place, file.removesuffix(".py"), *sys.argv[1:]]
+    os.execv(sys.executable, [sys.executable, *command])
+
 import argparse
 import base64
 import difflib
@@ -37,14 +52,12 @@ import json
 import logging
 import logging.handlers
 import math
-import os
 import re
 import secrets
 import signal
 import socket
 import sqlite3
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -1764,6 +1777,7 @@ class SessionPool:
 
 HELLO_TIMEOUT_SECONDS = 10
 CLOSE_TIMEOUT_SECONDS = 2
+FAREWELL_SECONDS = 0.1
 RELOAD_INTERVAL_SECONDS = 60
 # The userscript's frames stay below 1 MiB; the page's model list is the largest text.
 MAX_FRAME_BYTES = 16 << 20
@@ -2336,7 +2350,11 @@ class BridgeListener:
             log.exception("A bridge broke; the others go on")
         finally:
             self._bridges.remove(bridge, reason)
-            with trio.move_on_after(CLOSE_TIMEOUT_SECONDS, shield=True):
+            # When the program stops, the connection's reader has stopped, too: no answer to our close frame
+            # would be heard.
+            is_stopping = trio.current_effective_deadline() == -math.inf
+            seconds = FAREWELL_SECONDS if is_stopping else CLOSE_TIMEOUT_SECONDS
+            with trio.move_on_after(seconds, shield=True):
                 await connection.aclose()
 
     def _take_frame(self, bridge: Bridge, hello: trio.CancelScope, frame: BrowserFrame) -> None:
