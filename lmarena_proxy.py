@@ -16,6 +16,7 @@ The file is read downward, once: a definition is used only below itself. Its sec
     Bridge protocol
     Events and logs
     Store
+    Media
     Session pool
     Bridges
     Relay
@@ -43,10 +44,14 @@ if __name__ == "__main__" and os.name == "posix" and sys.gettrace() is None:
 
 import argparse
 import base64
+import bisect
 import difflib
 import fnmatch
+import functools
+import hashlib
 import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -57,13 +62,15 @@ import secrets
 import signal
 import socket
 import sqlite3
+import ssl
+import string
 import struct
 import tempfile
 import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -72,17 +79,17 @@ from contextlib import (
     nullcontext,
 )
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, get_args, get_type_hints
-from urllib.parse import urlsplit
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args, get_type_hints
+from urllib.parse import quote, urlsplit
 
+import httpx
 import hypercorn.config
 import hypercorn.trio
 import msgspec
 import trio
 import trio_websocket
-from quart import Response, has_request_context, request
+from quart import Response, has_request_context, request, send_file
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from rich.console import Console as RichConsole
@@ -92,6 +99,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text as RichText
 from werkzeug.exceptions import HTTPException
+from werkzeug.formparser import FormDataParser
+from werkzeug.http import parse_options_header
 
 if sys.platform == "win32":
     import msvcrt
@@ -175,6 +184,15 @@ class ArenaError(ApiError):
             self.type = ClientError.type
 
 
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions inside nested groups."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from leaves(each)
+    else:
+        yield error
+
+
 # ==========================================================================================================
 # Configuration
 # ==========================================================================================================
@@ -218,12 +236,14 @@ class ArenaConfig(Section, frozen=True):
     create_path: str = "/nextjs-api/stream/create-evaluation"
     retry_path: str = "/nextjs-api/stream/retry-evaluation-session-message/{session_id}/messages/{message_id}"
     auth_cookie: str = "arena-auth-prod-v1"
+    max_attachment_mb: Count = 5
 
 
 class ModelsConfig(Section, frozen=True):
     path: str = "models.json"
     include: tuple[Glob, ...] = ("*",)
     exclude: tuple[Glob, ...] = ()
+    aliases: dict[str, str] = {}
 
 
 class PoolConfig(Section, frozen=True):
@@ -249,6 +269,17 @@ class RequestsConfig(Section, frozen=True):
     commit_after_seconds: Seconds = 3
     keepalive: Literal["chunk", "comment", "off"] = "chunk"
     keepalive_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 10
+    reasoning: Literal["reasoning_content", "reasoning", "both", "think"] = "reasoning_content"
+    list_sources: bool = False
+
+
+class MediaConfig(Section, frozen=True):
+    keep: bool = False
+    max_file_mb: Count = 64
+    max_total_mb: Count = 1024
+    timeout_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 30
+    base_url: str = ""
+    allowed_networks: tuple[str, ...] = ()
 
 
 class StorageConfig(Section, frozen=True):
@@ -271,6 +302,7 @@ class Config(Section, frozen=True):
     pool: PoolConfig = PoolConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
     requests: RequestsConfig = RequestsConfig()
+    media: MediaConfig = MediaConfig()
     storage: StorageConfig = StorageConfig()
     log: LogConfig = LogConfig()
 
@@ -283,7 +315,7 @@ RELAYED_PREFIXES = ("/nextjs-api/stream/", "/api/stream/")
 def _config_error(message: str, tables: dict[str, Any]) -> ConfigError:
     """Turn msgspec's "Expected `int`, got `str` - at `$.server.port`" into key, value and expectation."""
     text, _, where = message.partition(" - at `$")
-    key = where.rstrip("`").lstrip(".")
+    key = where.rstrip("`").lstrip(".").removesuffix("[...]")
     value: Any = tables
     for name in re.findall(r"[^.\[\]]+", key):
         value = value[int(name) if isinstance(value, list) else name]
@@ -308,6 +340,22 @@ def _check_path(key: str, path: str, *names: str) -> None:
         raise ConfigError(key, path, f"{wanted} with {' and '.join(names)}" if names else wanted)
 
 
+def _check_network(text: str) -> None:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        is_fit = False
+    else:
+        # Whoever can reach these can reach what trusts this machine alone: no setting opens them.
+        own = map(
+            ipaddress.ip_network, ("127.0.0.0/8", "169.254.0.0/16", "0.0.0.0/8", "::1/128", "fe80::/10")
+        )
+        is_fit = not any(each.overlaps(network) for each in own if each.version == network.version)
+    if not is_fit:
+        wanted = "networks such as 198.18.0.0/15, neither loopback nor link-local"
+        raise ConfigError("media.allowed_networks", text, wanted)
+
+
 def parse_config(tables: dict[str, Any]) -> Config:
     """Check the tables of a config file.
 
@@ -322,6 +370,8 @@ def parse_config(tables: dict[str, Any]) -> Config:
             raise ConfigError(f"{section}.host", host, "a loopback address, or server.api_key set beside it")
     _check_path("arena.create_path", config.arena.create_path)
     _check_path("arena.retry_path", config.arena.retry_path, "{session_id}", "{message_id}")
+    for network in config.media.allowed_networks:
+        _check_network(network)
     return config
 
 
@@ -359,10 +409,17 @@ class Model(msgspec.Struct, frozen=True):
     id: str
     name: str
     modality: Modality = "chat"
-    takes_image: bool = False
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
     takes_many_images: bool = True
     requires_image: bool = False
     organization: str = "lmarena"
+    # The entry as the site has it.
+    entry: dict[str, Any] = {}
+
+    @property
+    def takes_image(self) -> bool:
+        return "image" in self.inputs
 
     @classmethod
     def from_entry(cls, entry: object) -> Self:
@@ -373,29 +430,30 @@ class Model(msgspec.Struct, frozen=True):
             if not isinstance(entry.get(key), str) or not entry[key]:
                 raise ValueError(f"expected a non-empty string as {key}, got {entry.get(key)!r}")
         capabilities = _object(entry.get("capabilities"))
+        # By kind: true, or an object with conditions; absent or false for what the model does not do.
+        inputs = _object(capabilities.get("inputCapabilities"))
         outputs = _object(capabilities.get("outputCapabilities"))
-        # True, or an object with conditions; absent or false when the model takes no image.
-        image = _object(capabilities.get("inputCapabilities")).get("image")
-        conditions = _object(image)
+        conditions = _object(inputs.get("image"))
         return cls(
             id=entry["id"],
             name=entry["publicName"],
             modality=next((kind for kind in ("search", "image", "video") if outputs.get(kind)), "chat"),
-            takes_image=bool(image),
+            inputs=tuple(kind for kind in inputs if inputs[kind]),
+            outputs=tuple(kind for kind in outputs if outputs[kind]),
             takes_many_images=conditions.get("multipleImages") is not False,
             requires_image=conditions.get("requiresUpload") is True,
             organization=str(entry.get("organization") or "lmarena"),
+            entry=entry,
         )
 
 
 class Catalog:
-    """The models by id and by name: the built-in list with the page's list laid over it."""
+    """The models by id, name and alias: the built-in list with the page's list laid over it."""
 
-    def __init__(
-        self, models: Iterable[Model], include: Sequence[Glob] = ("*",), exclude: Sequence[Glob] = ()
-    ) -> None:
-        self._include, self._exclude = include, exclude
+    def __init__(self, models: Iterable[Model], config: ModelsConfig | None = None) -> None:
+        self._config = config or ModelsConfig()
         self._by_id: dict[str, Model] = {}
+        self._by_name: dict[str, list[Model]] = {}
         self.merge(models)
 
     def __iter__(self) -> Iterator[Model]:
@@ -411,17 +469,17 @@ class Catalog:
         def matches(globs: Sequence[Glob]) -> bool:
             return any(fnmatch.fnmatchcase(text, glob) for glob in globs for text in (model.name, model.id))
 
-        return matches(self._include) and not matches(self._exclude)
+        return matches(self._config.include) and not matches(self._config.exclude)
 
-    def merge(self, models: Iterable[Model]) -> int:
+    def merge(self, models: Iterable[Model]) -> list[Model]:
         """Lay a list over the catalog by id: replaces and adds, drops nothing.
 
-        Returns how many entries changed.
+        Returns the entries that changed.
         """
         wanted = {model.id: model for model in models if self._is_wanted(model)}
-        changed = sum(self._by_id.get(id_) != model for id_, model in wanted.items())
+        changed = [model for id_, model in wanted.items() if self._by_id.get(id_) != model]
         self._by_id |= wanted
-        self._by_name: dict[str, list[Model]] = {}
+        self._by_name = {}
         for model in self._by_id.values():
             self._by_name.setdefault(model.name, []).append(model)
         return changed
@@ -429,49 +487,65 @@ class Catalog:
     def get(self, model_id: str) -> Model | None:
         return self._by_id.get(model_id)
 
+    def names(self) -> list[str]:
+        """The names of all models, then the aliases that stand for one."""
+        names = dict.fromkeys([*self._by_name, *self._config.aliases])
+        return [name for name in names if self.named(name)]
+
+    def dangling_aliases(self) -> list[str]:
+        """The aliases that stand for no model; the page's list may still bring it."""
+        return [alias for alias in self._config.aliases if not self.named(alias)]
+
     def named(self, name: str) -> list[Model]:
-        """The models that a name or an id stands for: none, one, or the two of a shared name."""
+        """The models that an alias, an id or a name stands for: none, one, or the two of a shared name."""
+        name = self._config.aliases.get(name, name)
         if name in self._by_id:
             return [self._by_id[name]]
         return self._by_name.get(name, [])
 
-    def resolve(self, name: str, images: int, last_images: int = 0) -> Model:
-        """The model for a request with so many images, so many of them in its last message.
+    def resolve(self, name: str, images: dict[str, int]) -> Model:
+        """The model for a request whose messages, by where they stand in it, have so many images each.
 
         Raises ClientError, saying what would do.
         """
         models = self.named(name)
         if not models:
-            close = difflib.get_close_matches(name, self._by_name, n=3, cutoff=0.5)
-            hint = f" Did you mean {' or '.join(close)}?" if close else " GET /v1/models lists them all."
-            raise ClientError(
-                f"The model {name!r} does not exist.{hint}", status=404, code="model_not_found", param="model"
-            )
+            raise self.unknown(name)
+        illustrated = {path: count for path, count in images.items() if count}
         # A shared name: the image, or its absence, chooses.
-        model = max(models, key=lambda each: each.takes_image == bool(images))
-        if images and not model.takes_image:
-            raise ClientError(f"The model {name!r} takes no images.", param="messages")
-        if last_images > 1 and not model.takes_many_images:
-            raise ClientError(f"The model {name!r} takes one image, but got {last_images}.", param="messages")
-        if model.requires_image and not images:
-            raise ClientError(
-                f"The model {name!r} works on an image: send one with the request.", param="messages"
-            )
+        model = max(models, key=lambda each: each.takes_image == bool(illustrated))
+        for path, count in illustrated.items():
+            if not model.takes_image:
+                raise ClientError(f"{path}: the model {name!r} takes no images.", param=path)
+            if count > 1 and not model.takes_many_images:
+                message = f"{path}: the model {name!r} takes one image in a message, but got {count}."
+                raise ClientError(message, param=path)
+        if model.requires_image and not illustrated:
+            message = f"The model {name!r} works on an image: send one with the request."
+            raise ClientError(message, param=next(reversed(images), "messages"))
         return model
 
+    def unknown(self, name: str) -> ClientError:
+        """What a client is told of a name that stands for no model."""
+        target = self._config.aliases.get(name, name)
+        close = difflib.get_close_matches(target, self.names(), n=3, cutoff=0.5)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "GET /v1/models lists them all."
+        meaning = f" (for which {name!r} stands in models.aliases)" if target != name else ""
+        message = f"The model {target!r}{meaning} does not exist. {hint}"
+        return ClientError(message, status=404, code="model_not_found", param="model")
 
-def read_catalog(path: Path, include: Sequence[Glob], exclude: Sequence[Glob]) -> Catalog:
+
+def read_catalog(path: Path, config: ModelsConfig) -> Catalog:
     """Read models.json. Raises ConfigError when it cannot be read or an entry is not a model."""
     try:
         entries = msgspec.json.decode(path.read_bytes(), type=list[Any])
         models = [Model.from_entry(entry) for entry in entries]
     except (OSError, msgspec.DecodeError, ValueError) as error:
         raise ConfigError("models.path", str(path), f"a readable list of models ({error})") from None
-    catalog = Catalog(models, include, exclude)
+    catalog = Catalog(models, config)
     if not len(catalog):
-        raise ConfigError(
-            "models.include", [*include], f"a pattern that names at least one of {len(models)} models"
-        )
+        wanted = f"a pattern that names at least one of {len(models)} models"
+        raise ConfigError("models.include", [*config.include], wanted)
     return catalog
 
 
@@ -489,6 +563,11 @@ class Attachment(msgspec.Struct, frozen=True, rename="camel"):
     name: str
     content_type: str
     url: str
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is still to be fetched from its address: until then its type is not known."""
+        return not self.content_type
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -812,138 +891,382 @@ class ArenaStreamDecoder:
 # OpenAI wire format
 # ==========================================================================================================
 #
-# What clients send and read. Requests are typed, so that a message about invalid input names the path. No
-# I/O.
+# What clients send and read, typed: a message about invalid input names its path. Every body comes down to
+# one AnswerRequest; the site's answer events go through one Answer, which cuts and forms them as the request
+# and the settings want. No I/O.
 
 
 class ImageUrl(msgspec.Struct):
     url: str
 
 
+class InputFile(msgspec.Struct):
+    file_data: str | None = None
+    file_id: str | None = None
+    filename: str | None = None
+
+
 class ContentPart(msgspec.Struct):
     type: str
     text: str | None = None
+    refusal: str | None = None
     image_url: ImageUrl | str | None = None
+    file: InputFile | None = None
+
+
+class FunctionCall(msgspec.Struct):
+    name: str = ""
+    arguments: str = ""
+
+
+class ToolCall(msgspec.Struct):
+    function: FunctionCall | None = None
 
 
 class ChatMessage(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | list[ContentPart | str] | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: FunctionCall | None = None
 
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class ChatRequest(msgspec.Struct):
+AnswerCount = Annotated[int, msgspec.Meta(ge=1, le=1000)]
+TokenLimit = Annotated[int, msgspec.Meta(ge=1)]
+StopString = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
+class ChatBody(msgspec.Struct):
     """The body of POST /v1/chat/completions, as far as it has an effect. Unknown parameters are ignored."""
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: AnswerCount | None = None
+    stop: StopString | Annotated[list[StopString], msgspec.Meta(max_length=64)] | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
 
 
+class ImageBody(msgspec.Struct):
+    """The body of POST /v1/images/generations and, but for its files, of POST /v1/images/edits."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    prompt: Annotated[str, msgspec.Meta(min_length=1)]
+    n: AnswerCount | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+
+
+def _leaves_a_choice(value: object) -> bool:
+    """Whether a `tool_choice` leaves it to the model to call nothing."""
+    allowed = _object(_object(value).get("allowed_tools"))
+    return value in ("auto", "none") or allowed.get("mode") == "auto"
+
+
+# Parameters that would change the result and cannot be honoured: the values that ask for nothing special, and
+# what is said of others.
+REFUSED_PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tool_choice": (_leaves_a_choice, "the site calls no tools: only 'auto' and 'none' can be taken"),
+    "function_call": (_leaves_a_choice, "the site calls no functions: only 'auto' and 'none' can be taken"),
+    "response_format": (
+        lambda value: _object(value).get("type") == "text",
+        "the site has no structured output: only {'type': 'text'} can be taken",
+    ),
+    "logprobs": (lambda value: value is False, "the site tells no probabilities: only false can be taken"),
+    "top_logprobs": (lambda value: value == 0, "the site tells no probabilities: only 0 can be taken"),
+    "audio": (lambda value: False, "the site makes no sound"),
+    "modalities": (
+        lambda value: isinstance(value, list) and "audio" not in value,
+        "the site makes no sound: only text and images can be taken",
+    ),
+}
+REFUSED_IMAGE_PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "stream": (lambda value: value is False, "pictures come whole: only false can be taken"),
+    "mask": (lambda value: False, "the site takes no mask: say in the prompt what is to be changed"),
+}
 # Parameters of OpenAI's API that are accepted without effect: the site offers no such control.
 IGNORED_PARAMETERS = frozenset(
-    [
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "max_tokens",
-        "max_completion_tokens",
-        "stop",
-        "tools",
-        "tool_choice",
-        "functions",
-        "function_call",
-        "parallel_tool_calls",
-        "response_format",
-        "logprobs",
-        "top_logprobs",
-        "reasoning_effort",
-        "verbosity",
-        "service_tier",
-        "prediction",
-        "modalities",
-        "audio",
-        "web_search_options",
-    ]
+    "temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty logit_bias "
+    "tools tool_choice functions function_call parallel_tool_calls reasoning_effort verbosity service_tier "
+    "prediction web_search_options metadata store user safety_identifier prompt_cache_key "
+    "prompt_cache_retention".split()
+)
+IGNORED_IMAGE_PARAMETERS = frozenset(
+    "size quality style background moderation output_format output_compression partial_images input_fidelity "
+    "user".split()
 )
 
 
-def decode_chat_request(body: bytes) -> tuple[ChatRequest, list[str]]:
-    """Read a request's body; also names the parameters that have no effect.
+class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request comes down to: messages for a model, and the form its answers are wanted in.
 
-    Raises ClientError naming the path.
+    `paths` says for each message where it stands in the request. `image_format` is None for chat.
     """
+
+    model: str
+    messages: list[Message]
+    paths: list[str]
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    image_format: Literal["url", "b64_json"] | None = None
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many images each message has, by its path."""
+        counts = [len(message.attachments) for message in self.messages]
+        return dict(zip(self.paths, counts, strict=False))
+
+
+_Body = TypeVar("_Body", ChatBody, ImageBody)
+
+
+def _invalid(error: msgspec.ValidationError) -> ClientError:
+    # The path comes last; before it there may be anything that the client sent.
+    text, at, where = str(error).rpartition(" - at `$")
+    text, where = (text, where) if at else (where, "")
+    path = where.rstrip("`").lstrip(".")
+    if missing := re.search(r"missing required field `(.+)`", text):
+        path = f"{path}.{missing[1]}".lstrip(".")
+    return ClientError(f"Invalid body at {path or 'its top'}: {text}.", param=path or None)
+
+
+def _refuse(refused: Mapping[str, tuple[Callable[[Any], bool], str]], values: Mapping[str, object]) -> None:
+    """Raises ClientError for a parameter that would change the result and cannot be honoured."""
+    for name, (is_harmless, sentence) in refused.items():
+        if name in values and not is_harmless(values[name]):
+            raise ClientError(f"{name}: {sentence}.", param=name)
+
+
+def _decode_body(
+    body: bytes, form: type[_Body], refused: Mapping[str, tuple[Callable[[Any], bool], str]]
+) -> tuple[_Body, set[str]]:
+    """Read a JSON body; also the names of its parameters, but for those that are null. Raises ClientError."""
     try:
-        chat = msgspec.json.decode(body, type=ChatRequest)
-        ignored = sorted(IGNORED_PARAMETERS & msgspec.json.decode(body, type=dict[str, msgspec.Raw]).keys())
+        decoded = msgspec.json.decode(body, type=form)
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError as error:
-        text, _, where = str(error).partition(" - at `$")
-        path = where.rstrip("`").lstrip(".")
-        if missing := re.search(r"missing required field `(.+)`", text):
-            path = f"{path}.{missing[1]}".lstrip(".")
-        raise ClientError(f"Invalid body at {path or 'its top'}: {text}.", param=path or None) from None
+        raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ClientError(f"The body is not JSON: {error}") from None
-    if chat.n is not None and chat.n != 1:
-        raise ClientError(f"n = {chat.n} is not supported: ask once for each choice.", param="n")
-    return chat, ignored
+    given = {name: bytes(raw) for name, raw in fields.items() if bytes(raw) != b"null"}
+    _refuse(refused, {name: _forgiving_json(given[name]) for name in refused.keys() & given.keys()})
+    return decoded, set(given)
 
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.=+-]+)*;base64,(.+)", re.DOTALL)
+# A fence of code, or an image as a data: URL, maybe inside markdown's ![](...).
+_FENCE_OR_IMAGE = re.compile(
+    r"(?P<fence>(?m:^)[ \t>]{0,12}(?P<mark>`{3,}(?=[^`\n]*(?:\n|\Z))|~{3,}).*?"
+    r"(?:\n[ \t>]{0,12}(?P=mark)[`~]*[ \t]*(?=\n|\Z)|\Z))"
+    r"|(?P<open>!\[[^\]\n]{0,500}\]\([ \n]{0,9}<?)?"
+    r"(?P<url>data:image/[\w.+-]+(?:;[\w.=+-]{1,80}){0,5};base64,[A-Za-z0-9+/]+={0,2})"
+    r"""(?(open)>?(?:[ \n](?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?[ \n]{0,9}\))""",
+    re.DOTALL,
+)
 _ROLES: dict[str, Any] = {"developer": "system", "system": "system", "assistant": "assistant"}
+# By the first bytes of a file: what the site or a client may be sent.
+_MEDIA_TYPES = (
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png"),
+    (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
+    (re.compile(rb"GIF8[79]a"), "image/gif"),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "image/webp"),
+    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "image/avif"),
+    (re.compile(rb".{4}ftyp", re.DOTALL), "video/mp4"),
+    (re.compile(rb"\x1aE\xdf\xa3"), "video/webm"),
+)
 
 
-def _read_attachment(part: ContentPart, path: str) -> Attachment:
-    url = part.image_url.url if isinstance(part.image_url, ImageUrl) else part.image_url
-    match = _DATA_URL.fullmatch(url or "")
+def media_type(data: bytes) -> str | None:
+    """The type of an image or video, by its first bytes; None for anything else."""
+    return next((name for pattern, name in _MEDIA_TYPES if pattern.match(data)), None)
+
+
+def attach(content_type: str, data: bytes | str) -> Attachment:
+    """An image as the site takes it; `data` is its bytes, or these in base64."""
+    encoded = data if isinstance(data, str) else base64.b64encode(data).decode()
+    ending = content_type.removeprefix("image/").split("+")[0]
+    url = f"data:{content_type};base64,{encoded}"
+    return Attachment(f"image-{uuid.uuid4().hex[:8]}.{ending}", content_type, url)
+
+
+def _read_image(url: str, path: str) -> Attachment:
+    url = url.strip()
+    if url[:8].lower().startswith(("http://", "https://")):
+        return Attachment("", "", url)
+    match = _DATA_URL.fullmatch(url)
     if not match or not match[1].startswith("image/"):
-        raise ClientError(f"{path}: expected an image as a base64 data: URL.", param=path)
+        message = f"{path}: expected an image, as an http(s) address or a base64 data: URL."
+        raise ClientError(message, param=path)
     try:
         base64.b64decode(match[2], validate=True)
     except ValueError:
         raise ClientError(f"{path}: the data: URL holds no valid base64.", param=path) from None
-    subtype = match[1].removeprefix("image/").split("+")[0]
-    url = f"data:{match[1]};base64,{match[2]}"
-    return Attachment(f"image-{uuid.uuid4().hex[:8]}.{subtype}", match[1], url)
+    return attach(match[1], match[2])
 
 
-def read_messages(chat: ChatRequest) -> list[Message]:
-    """A request's messages in the site's terms.
+def _read_file(file: InputFile, path: str) -> Attachment:
+    if not file.file_data:
+        raise ClientError(f"{path}: expected file_data; there are no uploaded files here.", param=path)
+    if file.file_data.startswith("data:image/"):
+        return _read_image(file.file_data, f"{path}.file_data")
+    try:
+        data = base64.b64decode(file.file_data.rpartition(",")[2], validate=True)
+    except ValueError:
+        raise ClientError(f"{path}.file_data: no valid base64.", param=f"{path}.file_data") from None
+    kind = media_type(data) or ""
+    if not kind.startswith("image/"):
+        name = f" {file.filename!r}" if file.filename else ""
+        raise ClientError(f"{path}: the site takes images only, and the file{name} is none.", param=path)
+    return attach(kind, data)
 
-    Raises ClientError for content that cannot be carried over.
-    """
-    messages = []
-    for index, message in enumerate(chat.messages):
-        texts, attachments = [], []
-        parts = (
-            [ContentPart("text", message.content)]
-            if isinstance(message.content, str)
-            else message.content or ()
-        )
-        for place, part in enumerate(parts):
-            path = f"messages[{index}].content[{place}]"
-            if part.type == "text" and part.text is not None:
-                texts.append(part.text)
-            elif part.type == "image_url":
-                attachments.append(_read_attachment(part, f"{path}.image_url"))
-            else:
-                raise ClientError(f"{path}: a part of type {part.type!r} is not supported.", param=path)
-        role = _ROLES.get(message.role, "user")
-        messages.append(Message(role, "\n\n".join(texts), tuple(attachments)))
-    if messages[-1].role != "user":
-        # The site answers a user's message; a trailing system or assistant message gets an empty one after
-        # it.
-        messages.append(Message("user", ""))
-    return messages
+
+def _read_part(part: ContentPart | str, path: str) -> str | Attachment:
+    match part:
+        case str():
+            return part
+        case ContentPart(type="text", text=str(text)):
+            return text
+        case ContentPart(type="refusal", refusal=str(text)):
+            return text
+        case ContentPart(type="image_url", image_url=ImageUrl(url) | str(url)):
+            return _read_image(url, f"{path}.image_url")
+        case ContentPart(type="file", file=InputFile() as file):
+            return _read_file(file, f"{path}.file")
+        case ContentPart(type="text" | "image_url" | "file" | "refusal" as kind):
+            raise ClientError(f"{path}: a part of type {kind!r} needs its {kind}.", param=path)
+    raise ClientError(f"{path}: a part of type {part.type!r} is not supported.", param=path)
+
+
+def _take_images_out(text: str, attachments: list[Attachment]) -> str:
+    """Move the images that stand in a text as data: URLs, outside code fences, to the attachments."""
+    if "data:image/" not in text:
+        return text
+    before = len(attachments)
+
+    def take_out(match: re.Match[str]) -> str:
+        if match["fence"] is None:
+            try:
+                attachments.append(_read_image(match["url"], ""))
+            except ClientError:
+                return match[0]  # Somebody's example of one.
+            return ""
+        return match[0]
+
+    rest = _FENCE_OR_IMAGE.sub(take_out, text)
+    return rest.strip() if len(attachments) > before else text
+
+
+def _read_message(message: ChatMessage, path: str) -> Message:
+    """One message in the site's terms. Raises ClientError for content that cannot be carried over."""
+    role = _ROLES.get(message.role, "user")
+    texts: list[str] = []
+    attachments: list[Attachment] = []
+    parts = [message.content] if isinstance(message.content, str) else message.content or ()
+    for place, part in enumerate(parts):
+        match _read_part(part, f"{path}[{place}]"):
+            case str(text):
+                texts.append(text if role == "system" else _take_images_out(text, attachments))
+            case attachment:
+                attachments.append(attachment)
+    calls = [message.function_call, *(call.function for call in message.tool_calls or ())]
+    texts += [f"[called {call.name}({call.arguments})]" for call in calls if call]
+    return Message(role, "\n\n".join(filter(None, texts)), tuple(attachments))
+
+
+def _read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
+    """A conversation in the site's terms, and each message's path."""
+    paths = [f"messages[{index}].content" for index in range(len(messages))]
+    read = [_read_message(message, path) for message, path in zip(messages, paths, strict=True)]
+    if read[-1].role != "user":
+        # The site answers a user's message; after any other an empty one follows.
+        read.append(Message("user", ""))
+        paths.append("messages")
+    return read, paths
+
+
+def read_chat(body: bytes) -> AnswerRequest:
+    """Read the body of POST /v1/chat/completions. Raises ClientError naming the path."""
+    chat, given = _decode_body(body, ChatBody, REFUSED_PARAMETERS)
+    messages, paths = _read_messages(chat.messages)
+    stops = [chat.stop] if isinstance(chat.stop, str) else chat.stop or ()
+    return AnswerRequest(
+        model=chat.model,
+        messages=messages,
+        paths=paths,
+        n=chat.n or 1,
+        stream=chat.stream is True,
+        include_usage=chat.stream_options is not None and chat.stream_options.include_usage is True,
+        stop=tuple(filter(None, stops)),
+        max_tokens=chat.max_tokens,
+        max_completion_tokens=chat.max_completion_tokens,
+        ignored=tuple(sorted(IGNORED_PARAMETERS & given)),
+    )
+
+
+def _ask_for_images(wanted: ImageBody, given: Set[str], message: Message, path: str) -> AnswerRequest:
+    # OpenAI's own models of these names know no `response_format`: their clients count on base64.
+    default: Any = "b64_json" if wanted.model.startswith(("gpt-image", "chatgpt-image")) else "url"
+    return AnswerRequest(
+        model=wanted.model,
+        messages=[message],
+        paths=[path],
+        n=wanted.n or 1,
+        image_format=wanted.response_format or default,
+        ignored=tuple(sorted(IGNORED_IMAGE_PARAMETERS & given)),
+    )
+
+
+def read_image_generation(body: bytes) -> AnswerRequest:
+    """Read the body of POST /v1/images/generations. Raises ClientError naming the path."""
+    wanted, given = _decode_body(body, ImageBody, REFUSED_IMAGE_PARAMETERS)
+    return _ask_for_images(wanted, given, Message("user", wanted.prompt), "prompt")
+
+
+def read_image_edit(body: bytes, content_type: str) -> AnswerRequest:
+    """Read the multipart body of POST /v1/images/edits. Raises ClientError naming the field."""
+    mimetype, options = parse_options_header(content_type)
+    if mimetype.lower() != "multipart/form-data":
+        raise ClientError(f"Expected a body of multipart/form-data, but got {mimetype or 'no type'}.")
+    parser = FormDataParser(lambda *_, **__: io.BytesIO(), max_form_memory_size=None, silent=False)
+    try:
+        _, form, files = parser.parse(io.BytesIO(body), "multipart/form-data", len(body), options)
+    except (ValueError, HTTPException) as error:
+        raise ClientError(f"The body is not multipart/form-data: {error}") from None
+    if not all([*form, *files]):
+        raise ClientError("The body is not multipart/form-data: one of its parts has no name.")
+    texts = form.to_dict()
+    spoken: dict[str, object] = {"true": True, "false": False}
+    _refuse(
+        REFUSED_IMAGE_PARAMETERS, {**{name: spoken.get(text, text) for name, text in texts.items()}, **files}
+    )
+    try:
+        wanted = msgspec.convert(texts, ImageBody, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    pictures = [file.read() for name in ("image", "image[]") for file in files.getlist(name)]
+    kinds = [media_type(picture) or "" for picture in pictures]
+    if not pictures or not all(kind.startswith("image/") for kind in kinds):
+        found = "one that is none" if pictures else "none"
+        raise ClientError(f"image: expected one or more image files, but got {found}.", param="image")
+    attachments = [attach(kind, picture) for kind, picture in zip(kinds, pictures, strict=True)]
+    return _ask_for_images(wanted, texts.keys(), Message("user", wanted.prompt, tuple(attachments)), "image")
+
+
+def check_size(attachment: Attachment, limit_mb: int, path: str) -> None:
+    """Raises ClientError for an image, as a data: URL, that is larger than the site takes."""
+    size_bytes = (len(attachment.url) - attachment.url.index(",")) * 3 // 4
+    if size_bytes > (limit_mb << 20) + 2:
+        message = f"{path}: the image has {size_bytes:,} bytes; the site takes up to {limit_mb} MiB."
+        raise ClientError(message, status=413, code="request_too_large", param=path)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -955,10 +1278,86 @@ class Usage(msgspec.Struct, frozen=True):
 _WIDE_CHARACTER = re.compile("[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
+class TokenEstimate:
+    """Tokens of a text that comes in pieces: one for each CJK character, one for each four others."""
+
+    def __init__(self) -> None:
+        self._wide = self._narrow = 0
+
+    def _sizes(self, text: str) -> tuple[int, int]:
+        wide = 0 if text.isascii() else len(_WIDE_CHARACTER.findall(text))
+        return self._wide + wide, self._narrow + len(text) - wide
+
+    def add(self, text: str) -> int:
+        """Returns the tokens of all text so far."""
+        self._wide, self._narrow = self._sizes(text)
+        return self._wide + (self._narrow + 3) // 4
+
+    def fitting(self, text: str, limit: int) -> str:
+        """The beginning of a piece with which the text keeps within so many tokens."""
+
+        def tokens(end: int) -> int:
+            wide, narrow = self._sizes(text[:end])
+            return wide + (narrow + 3) // 4
+
+        if tokens(len(text)) <= limit:
+            return text
+        return text[: bisect.bisect_right(range(len(text)), limit, key=tokens) - 1]
+
+
 def estimate_tokens(text: str) -> int:
-    """An estimate for when the site sends no usage: one token per CJK character, one per four others."""
-    wide = len(_WIDE_CHARACTER.findall(text)) if not text.isascii() else 0
-    return wide + (len(text) - wide + 3) // 4
+    """An estimate for when the site sends no usage."""
+    return TokenEstimate().add(text)
+
+
+class StopScanner:
+    """Finds stop strings in a text that comes in pieces, and holds back what may be the beginning of one.
+
+    The stop string that is whole first counts, wherever the pieces end.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.is_found = False
+
+    def feed(self, text: str) -> str:
+        """The next piece of text in; out, what comes before a stop string for certain."""
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.is_found, self._held = True, ""
+            return text[: min(found)[1]]
+        end = min(self._beginning(text, stop) for stop in self._stops)
+        self._held = text[end:]
+        return text[:end]
+
+    def _beginning(self, text: str, stop: str) -> int:
+        """Where a stop string may have begun that is not whole yet; the text's end if none has."""
+        at = max(0, len(text) - len(stop) + 1)
+        while (at := text.find(stop[0], at)) >= 0:
+            if stop.startswith(text[at:]):
+                return at
+            at += 1
+        return len(text)
+
+    def finish(self) -> str:
+        """What was held back when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def media_markdown(media: Media) -> str:
+    """An image or video as text that chat clients show."""
+    return f"![image]({media.url})" if media.kind == "image" else f"[video]({media.url})"
+
+
+def _sources_markdown(sources: Sequence[Source]) -> str:
+    """Sources as a list, each address once; neither title nor address can break out of its link."""
+    titles = {source.url: " ".join(source.title.split()) or source.url for source in sources}
+    links = {quote(url, safe=string.punctuation.translate({60: None, 62: None})): url for url in titles}
+    escaped = {link: re.sub(r"([][\\])", r"\\\1", titles[url]) for link, url in links.items()}
+    return "\n".join(f"- [{title}](<{link}>)" for link, title in escaped.items())
 
 
 def count_usage(finish: Finish, messages: Sequence[Message], answer: str) -> Usage:
@@ -977,79 +1376,336 @@ def finish_reason(finish: Finish) -> str:
     return {"length": "length", "content-filter": "content_filter"}.get(finish.reason, "stop")
 
 
-def media_markdown(media: Media) -> str:
-    """An image or video as text that chat clients show."""
-    return f"![image]({media.url})" if media.kind == "image" else f"[video]({media.url})"
+class Answer:
+    """One answer to a request: the site's events in; out, what of them the client is to see, and how.
+
+    Text is cut at stop strings and token limits. Reasoning goes into the text where that is set, images and
+    videos always do. What the client has seen is kept, for the whole reply, the usage and the log.
+    """
+
+    def __init__(self, asked: AnswerRequest, settings: RequestsConfig) -> None:
+        self._asked, self._settings = asked, settings
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew, for another attempt."""
+        asked = self._asked
+        self.texts: list[str] = []
+        self.reasonings: list[str] = []
+        self.sources: list[Source] = []
+        self.media: list[Media] = []
+        # Why the answer needs no more events, once it does not; and how it ended, once it has.
+        self.cut: Literal["stop", "length"] | None = None
+        self.finish_reason = "stop"
+        self.usage: Usage | None = None
+        self._stops = StopScanner(asked.stop) if asked.stop else None
+        # Reasoning counts against the limit of the whole completion only.
+        self._limits_of_all = [(TokenEstimate(), asked.max_completion_tokens)]
+        self._limits_of_text = [*self._limits_of_all, (TokenEstimate(), asked.max_tokens)]
+        self._thinks_in_text = self._settings.reasoning == "think"
+        self._is_thinking = self._is_below_media = False
+        self._shown: list[AnswerEvent] = []
+        is_limited = asked.max_tokens or asked.max_completion_tokens
+        self._is_plain = not (asked.stop or is_limited or self._thinks_in_text)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def reasoning(self) -> str:
+        return "".join(self.reasonings)
+
+    def take(self, events: Sequence[AnswerEvent]) -> list[AnswerEvent]:
+        """The next events in; out, text, reasoning and sources to show. Nothing more once there was a cut."""
+        for event in events:
+            if self.cut:
+                break
+            match event:
+                case Text(text) if self._is_plain and not self.media:
+                    self.texts.append(text)
+                    self._shown.append(event)
+                case Text(text):
+                    self._show_text(self._stops.feed(text) if self._stops else text)
+                    if self._stops and self._stops.is_found:
+                        self.cut = self.cut or "stop"
+                case Reasoning(text):
+                    self._show_reasoning(text)
+                case Media():
+                    self._let_go()
+                    self._show_media(event)
+                case Source():
+                    self.sources.append(event)
+                    self._shown.append(event)
+        return self._take_shown()
+
+    def end(self, finish: Finish | None) -> list[AnswerEvent]:
+        """The answer's end in, None where it was cut; out, what was held back and what comes last.
+
+        Sets `finish_reason` and `usage`.
+        """
+        self._let_go()
+        self._close_thoughts()
+        if self._settings.list_sources and self.sources:
+            self._put(self._gap() + _sources_markdown(self.sources))
+        if self.cut or finish is None:
+            finish = Finish(self.cut or "stop")  # The site's counts, if any, are of what was not shown, too.
+        self.finish_reason = finish_reason(finish)
+        self.usage = count_usage(finish, self._asked.messages, self.reasoning + self.text)
+        return self._take_shown()
+
+    def _take_shown(self) -> list[AnswerEvent]:
+        shown, self._shown = self._shown, []
+        return shown
+
+    def _put(self, text: str) -> None:
+        self.texts.append(text)
+        self._shown.append(Text(text))
+
+    def _gap(self) -> str:
+        """What sets off a new paragraph."""
+        return "\n\n" if self.texts and not self.texts[-1].endswith("\n\n") else ""
+
+    def _fit(self, text: str, limits: Sequence[tuple[TokenEstimate, int | None]]) -> str:
+        """A piece as far as the limits allow; what they do not allow is the cut, and nothing follows that."""
+        if self.cut:
+            return ""
+        for estimate, limit in limits:
+            fitting = text if limit is None else estimate.fitting(text, limit)
+            if len(fitting) < len(text):
+                self.cut, text = "length", fitting
+        for estimate, limit in limits:
+            if limit is not None:
+                estimate.add(text)
+        return text
+
+    def _show_text(self, text: str) -> None:
+        if text := self._fit(text, self._limits_of_text):
+            self._close_thoughts()
+            self._put(self._gap() + text if self._is_below_media else text)
+            self._is_below_media = False
+
+    def _show_reasoning(self, text: str) -> None:
+        if self._thinks_in_text:
+            self._let_go()
+        text = self._fit(text, self._limits_of_all)
+        if text and self._thinks_in_text:
+            self._put(text if self._is_thinking else f"{self._gap()}<think>\n{text}")
+            self._is_thinking = True
+        elif text:
+            self.reasonings.append(text)
+            self._shown.append(Reasoning(text))
+
+    def _show_media(self, media: Media) -> None:
+        if not self.cut:
+            self._close_thoughts()
+            self.media.append(media)
+            self._put(self._gap() + media_markdown(media))
+            self._is_below_media = True
+
+    def _close_thoughts(self) -> None:
+        if self._is_thinking:
+            self._is_thinking = False
+            self._put("\n</think>\n\n")
+
+    def _let_go(self) -> None:
+        """Show what was held back: no stop string comes of it any more."""
+        if self._stops:
+            self._show_text(self._stops.finish())
 
 
-_encode_json = msgspec.json.Encoder().encode
+def sum_usage(answers: Sequence[Answer]) -> Usage:
+    """The usage of all answers to one request, whose prompt counts once."""
+    usages = [answer.usage for answer in answers if answer.usage]
+    prompt = max((usage.prompt_tokens for usage in usages), default=0)
+    completion = sum(usage.completion_tokens for usage in usages)
+    return Usage(prompt, completion, prompt + completion)
+
+
+REASONING_FIELDS: dict[str, tuple[str, ...]] = {
+    "reasoning_content": ("reasoning_content",),
+    "reasoning": ("reasoning",),
+    "both": ("reasoning_content", "reasoning"),
+    "think": (),
+}
+
+
+# One SSE line stays under 128 KiB (older aiohttp breaks on longer ones); a character takes up to 6 bytes in
+# JSON.
+LINE_TEXT_LIMIT = 16_384
+
+
+class UrlCitation(msgspec.Struct, frozen=True):
+    """The site does not say which words of the answer a source belongs to."""
+
+    title: str
+    url: str
+    start_index: int = 0
+    end_index: int = 0
+
+
+class Annotation(msgspec.Struct, frozen=True, kw_only=True):
+    type: str = "url_citation"
+    url_citation: UrlCitation
+
+
+class Delta(msgspec.Struct, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    annotations: list[Annotation] | None = None
+
+
+class AnswerMessage(msgspec.Struct):
+    role: str
+    content: str
+    refusal: str | None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
+    annotations: list[Annotation] | msgspec.UnsetType = msgspec.UNSET
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: str
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Picture(msgspec.Struct, omit_defaults=True):
+    url: str | None = None
+    b64_json: str | None = None
+
+
+class Pictures(msgspec.Struct):
+    created: int
+    data: list[Picture]
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    """An entry of /v1/models: OpenAI's fields, then what the model takes and gives, and how ready it is."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str
+    modality: Modality
+    input_capabilities: tuple[str, ...]
+    output_capabilities: tuple[str, ...]
+    takes_many_images: bool
+    requires_image: bool
+    sessions_ready: int
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    object: str = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorDetail
+
+
+encode_json = msgspec.json.Encoder().encode
+
+
+def cite(source: Source) -> Annotation:
+    # Nobody's title or address is so long; a broken one must not break the stream.
+    half = LINE_TEXT_LIMIT // 2
+    return Annotation(url_citation=UrlCitation(source.title[:half], source.url[:half]))
 
 
 class ChunkEncoder:
-    """Answer events in, the bytes of `chat.completion.chunk` SSE events out.
+    """What an answer shows in, the bytes of `chat.completion.chunk` SSE events out.
 
     What never changes is built once.
     """
 
-    # One SSE line stays under 128 KiB (older aiohttp breaks on longer ones); a character takes up to 6 bytes
-    # in JSON.
-    TEXT_LIMIT = 16_384
-
-    def __init__(self, answer_id: str, model: str, created: int) -> None:
+    def __init__(
+        self, answer_id: str, model: str, created: int, index: int = 0, reasoning: str = "reasoning_content"
+    ) -> None:
         head = {"id": answer_id, "object": "chat.completion.chunk", "created": created, "model": model}
-        self._head = b"data: " + _encode_json(head)[:-1]
-        self._before = self._head + b',"choices":[{"index":0,"delta":'
+        self._reasoning_fields = REASONING_FIELDS[reasoning]
+        self._head = b"data: " + encode_json(head)[:-1]
+        self._before = self._head + b',"choices":[{"index":%d,"delta":' % index
         self._content = self._before + b'{"content":'
         self._after = b',"finish_reason":null}]}\n\n'
 
-    def delta(self, delta: Mapping[str, object]) -> bytes:
-        return self._before + _encode_json(delta) + self._after
+    def event(self, event: AnswerEvent) -> bytes:
+        match event:
+            case Text(text):
+                return self.text(text)
+            case Reasoning(text):
+                return self._in_pieces(self._reasoning_fields, text)
+            case Source():
+                return self.delta(Delta(annotations=[cite(event)]))
+        raise TypeError(f"{event!r} is not shown as it is")
+
+    def delta(self, delta: Delta) -> bytes:
+        return self._before + encode_json(delta) + self._after
 
     def text(self, text: str) -> bytes:
-        if len(text) <= self.TEXT_LIMIT:
-            return self._content + _encode_json(text) + b"}" + self._after
-        return self._in_pieces("content", text)
+        if len(text) <= LINE_TEXT_LIMIT:
+            return self._content + encode_json(text) + b"}" + self._after
+        return self._in_pieces(("content",), text)
 
-    def reasoning(self, text: str) -> bytes:
-        return self._in_pieces("reasoning_content", text)
-
-    def _in_pieces(self, name: str, text: str) -> bytes:
-        starts = range(0, len(text), self.TEXT_LIMIT)
-        return b"".join([self.delta({name: text[start : start + self.TEXT_LIMIT]}) for start in starts])
+    def _in_pieces(self, fields: Sequence[str], text: str) -> bytes:
+        limit = LINE_TEXT_LIMIT // max(1, len(fields))
+        pieces = [text[start : start + limit] for start in range(0, len(text), limit)]
+        deltas = [msgspec.convert(dict.fromkeys(fields, piece), Delta) for piece in pieces]
+        return b"".join([self.delta(delta) for delta in deltas])
 
     def finish(self, reason: str) -> bytes:
-        return self._before + b'{},"finish_reason":' + _encode_json(reason) + b"}]}\n\n"
+        return self._before + b'{},"finish_reason":' + encode_json(reason) + b"}]}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
-        return self._head + b',"choices":[],"usage":' + _encode_json(usage) + b"}\n\n"
+        return self._head + b',"choices":[],"usage":' + encode_json(usage) + b"}\n\n"
 
 
 SSE_DONE = b"data: [DONE]\n\n"
 SSE_COMMENT = b": keep-alive\n\n"
 
 
-def citation(source: Source) -> dict[str, object]:
-    """A source as OpenAI's `url_citation` annotation; the site does not say which words it belongs to."""
-    place = {"start_index": 0, "end_index": 0, "title": source.title, "url": source.url}
-    return {"type": "url_citation", "url_citation": place}
-
-
 def encode_completion(
-    answer_id: str, model: str, created: int, message: Mapping[str, object], reason: str, usage: Usage
+    answer_id: str, model: str, created: int, answers: Sequence[Answer], reasoning: str
 ) -> bytes:
-    """The body of a whole answer: one `chat.completion` object."""
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-    head = {"id": answer_id, "object": "chat.completion", "created": created, "model": model}
-    return _encode_json({**head, "choices": [choice], "usage": usage})
+    """The body of a whole reply: one `chat.completion` object."""
+    choices = []
+    for index, answer in enumerate(answers):
+        message = AnswerMessage("assistant", answer.text)
+        for field in REASONING_FIELDS[reasoning] if answer.reasonings else ():
+            setattr(message, field, answer.reasoning)
+        if answer.sources:
+            message.annotations = [cite(source) for source in answer.sources]
+        choices.append(CompletionChoice(index=index, message=message, finish_reason=answer.finish_reason))
+    fields: dict[str, Any] = {"id": answer_id, "created": created, "model": model, "choices": choices}
+    return encode_json(Completion(**fields, usage=sum_usage(answers)))
 
 
-def error_object(error: ApiError, request_id: str) -> dict[str, object]:
+def encode_error(error: ApiError, request_id: str) -> bytes:
     """OpenAI's error object.
 
     The request id stands in the message too: errors inside a stream have no headers.
     """
     message = f"{error.message} (request id {request_id})"
-    return {"error": {"message": message, "type": error.type, "param": error.param, "code": error.error_code}}
+    return encode_json(ErrorBody(ErrorDetail(message, error.type, error.param, error.error_code)))
 
 
 # ==========================================================================================================
@@ -1244,6 +1900,12 @@ class BridgeRefused(Event, frozen=True):
     level = logging.WARNING
     line = "Refused a connection at the bridge's port: {reason}"
     reason: str
+
+
+class ModelsListed(Event, frozen=True):
+    line = "The page lists {count} models, {changed} of them new or changed"
+    count: int
+    changed: int
 
 
 class RateLimited(Event, frozen=True):
@@ -1517,6 +2179,221 @@ class Store:
 
 
 # ==========================================================================================================
+# Media
+# ==========================================================================================================
+#
+# Images and videos by their address. A client's address may say anything, so nothing is fetched but from
+# public ones: every name is resolved here, its addresses are checked, and the connection goes to the checked
+# address and not to the name again, for each redirect anew. That leaves no moment in which a name may come to
+# mean this machine or its network. `site_origins` are exempt: the demo's stand-in site is on this machine.
+#
+# What is kept lies in one directory, each file under the hash of its content; the oldest go when there is too
+# much.
+
+
+class FetchFailed(Exception):
+    """Something could not be had from its address; the message says why, for people."""
+
+    def __init__(self, message: str, *, is_too_large: bool = False) -> None:
+        super().__init__(message)
+        self.is_too_large = is_too_large
+
+
+def is_public(address: str, allowed: Iterable[str] = ()) -> bool:
+    """Whether an IP address is one of the public internet, or in one of the networks allowed beside."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = ip.ipv4_mapped or ip.sixtofour or ip
+    if any(ip in ipaddress.ip_network(network) for network in allowed):
+        return True
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_loopback or ip.is_link_local)
+
+
+class PublicTransport(httpx.AsyncHTTPTransport):
+    """Connects to public addresses only, whatever names resolve to and wherever redirects lead."""
+
+    def __init__(self, allowed_networks: Sequence[str], site_origins: Set[str], tls: ssl.SSLContext) -> None:
+        super().__init__(verify=tls)
+        self._allowed_networks, self._site_origins = allowed_networks, site_origins
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        if f"{url.scheme}://{url.netloc.decode()}" in self._site_origins:
+            return await super().handle_async_request(request)
+        host = url.raw_host.decode()
+        refusal: httpx.TransportError = httpx.ConnectError(f"{host} has no address")
+        for address in await self._resolve(host, url.port or {"https": 443}.get(url.scheme, 80)):
+            checked = httpx.Request(
+                request.method,
+                url.copy_with(host=address),
+                headers=request.headers,
+                # The certificate must still be the name's.
+                extensions={**request.extensions, "sni_hostname": host},
+            )
+            try:
+                return await super().handle_async_request(checked)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                refusal = error
+        raise refusal
+
+    async def _resolve(self, host: str, port: int) -> list[str]:
+        """The addresses of a name. Raises FetchFailed when one of them is not public."""
+        try:
+            found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise FetchFailed(f"the name {host} is not known") from None
+        addresses = [*dict.fromkeys(str(entry[4][0]) for entry in found)]
+        for address in addresses:
+            if not is_public(address, self._allowed_networks):
+                raise FetchFailed(
+                    f"{host} is at {address}, which is not on the public internet (media.allowed_networks)"
+                )
+        return addresses
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    return httpx.create_ssl_context()  # Reads all certificates: once, and not before the first fetch.
+
+
+class MediaFiles:
+    """Fetches images and videos, and keeps those of answers where that is set."""
+
+    PATH = "/media/"
+    MAX_REDIRECTS = 5
+    _ENDINGS: ClassVar = {
+        "image/png": "png",
+        "image/jpeg": "jpg",
+        "image/gif": "gif",
+        "image/webp": "webp",
+        "image/avif": "avif",
+        "video/mp4": "mp4",
+        "video/webm": "webm",
+    }
+    NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(_ENDINGS.values())})")
+
+    def __init__(self, config: MediaConfig, directory: Path) -> None:
+        self.directory = directory
+        self.site_origins: set[str] = set()
+        self._config = config
+
+    async def fetch(self, url: str, limit_mb: int) -> tuple[str, bytes]:
+        """The content type and the bytes of an image or video at an address. Raises FetchFailed."""
+        seconds = self._config.timeout_seconds
+        with trio.move_on_after(seconds) as patience:
+            try:
+                kept = self.path_of(urlsplit(url).path.removeprefix(self.PATH))
+                data = await trio.Path(kept).read_bytes() if kept else await self._get(url, limit_mb)
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+                raise FetchFailed(str(error) or type(error).__name__) from None
+        if patience.cancelled_caught:
+            raise FetchFailed(f"it did not arrive within {seconds:g} s (media.timeout_seconds)")
+        kind = media_type(data)
+        if kind is None:
+            raise FetchFailed("it is neither an image nor a video")
+        return kind, data
+
+    async def _get(self, url: str, limit_mb: int) -> bytes:
+        too_large = FetchFailed(f"it has more than {limit_mb} MiB", is_too_large=True)
+        data = bytearray()
+        tls = await trio.to_thread.run_sync(_tls)
+        transport = PublicTransport(self._config.allowed_networks, self.site_origins, tls)
+        async with (
+            httpx.AsyncClient(
+                transport=transport,
+                follow_redirects=True,
+                max_redirects=self.MAX_REDIRECTS,
+                timeout=self._config.timeout_seconds,
+                headers={"user-agent": f"lmarena_proxy/{VERSION}", "accept-encoding": "identity"},
+            ) as client,
+            client.stream("GET", url) as response,
+        ):
+            if response.status_code != 200:
+                raise FetchFailed(f"its server answered {response.status_code}")
+            # As it comes over the wire: unpacked, a little could become very much.
+            async for piece in response.aiter_raw():
+                data += piece
+                if len(data) > limit_mb << 20:
+                    raise too_large
+        return bytes(data)
+
+    async def attach_all(self, asked: AnswerRequest, limit_mb: int) -> list[Message]:
+        """A request's messages with every image in them as data. Raises ClientError naming the path."""
+        if not any(asked.images.values()):
+            return asked.messages
+        rows = [list(message.attachments) for message in asked.messages]
+
+        async def attach_one(path: str, row: list[Attachment], place: int) -> None:
+            if row[place].is_remote:
+                row[place] = await self._attach(row[place].url, limit_mb, path)
+            check_size(row[place], limit_mb, path)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for path, row in zip(asked.paths, rows, strict=True):
+                    for place in range(len(row)):
+                        nursery.start_soon(attach_one, path, row, place)
+        except* ClientError as group:
+            failure = next(leaves(group))
+        else:
+            complete = zip(asked.messages, rows, strict=True)
+            return [msgspec.structs.replace(message, attachments=tuple(row)) for message, row in complete]
+        raise failure
+
+    async def _attach(self, url: str, limit_mb: int, path: str) -> Attachment:
+        try:
+            kind, data = await self.fetch(url, limit_mb)
+            if not kind.startswith("image/"):
+                raise FetchFailed("it is a video")
+        except FetchFailed as error:
+            message = f"{path}: the image at {url[:200]} cannot be used: {error}."
+            fields: dict[str, Any] = (
+                {"status": 413, "code": "request_too_large"} if error.is_too_large else {}
+            )
+            raise ClientError(message, param=path, **fields) from None
+        return attach(kind, data)
+
+    def path_of(self, name: str) -> Path | None:
+        """The file that is kept under a name, if there is one."""
+        path = self.directory / name
+        return path if self.NAME.fullmatch(name) and path.is_file() else None
+
+    async def keep(self, media: Media, own_url: str) -> Media:
+        """Keep what an answer shows; returns it with its address here, or as it was where that fails.
+
+        `own_url` is where the client has asked, for when `media.base_url` does not say.
+        """
+        try:
+            kind, data = await self.fetch(media.url, self._config.max_file_mb)
+            name = await trio.to_thread.run_sync(self._write, kind, data)
+        except (FetchFailed, OSError) as error:
+            log.warning("The %s at %s is not kept: %s", media.kind, media.url[:200], error)
+            return media
+        base_url = self._config.base_url.rstrip("/") or own_url
+        return Media(media.kind, f"{base_url}{self.PATH}{name}")
+
+    def _write(self, kind: str, data: bytes) -> str:
+        name = f"{hashlib.sha256(data).hexdigest()[:32]}.{self._ENDINGS[kind]}"
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, self.directory / name)
+        self._make_room(name)
+        return name
+
+    def _make_room(self, newest: str) -> None:
+        """Delete the oldest files beyond `media.max_total_mb`; never the one that was just written."""
+        files = [(path.stat().st_mtime, path.stat().st_size, path) for path in self.directory.iterdir()]
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._config.max_total_mb << 20:
+                break
+            if path.name != newest:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+# ==========================================================================================================
 # Session pool
 # ==========================================================================================================
 #
@@ -1640,8 +2517,11 @@ class SessionPool:
         sessions = sum(len(pool.sessions) for pool in self)
         return f"<SessionPool of {sessions} sessions for {len(self.catalog)} models>"
 
-    def merge_models(self, models: Iterable[Model]) -> int:
-        """Lay a list over the catalog, and take up the stored sessions of new models. Returns the changes."""
+    def merge_models(self, models: Iterable[Model]) -> list[Model]:
+        """Lay a list over the catalog, and take up the stored sessions of new models.
+
+        Returns the entries that changed.
+        """
         changed = self.catalog.merge(models)
         listed = [session for session in self._unlisted if self.catalog.get(session.model_id)]
         self._unlisted = [session for session in self._unlisted if not self.catalog.get(session.model_id)]
@@ -2342,7 +3222,9 @@ class BridgeListener:
             with trio.CancelScope() as hello:
                 hello.deadline = trio.current_time() + HELLO_TIMEOUT_SECONDS
                 heartbeat_seconds = self._config.bridge.heartbeat_seconds
-                reason = await bridge.carry(heartbeat_seconds, partial(self._take_frame, bridge, hello))
+                reason = await bridge.carry(
+                    heartbeat_seconds, functools.partial(self._take_frame, bridge, hello)
+                )
             if hello.cancelled_caught:
                 reason = "no hello"
         except Exception:
@@ -2388,8 +3270,8 @@ class BridgeListener:
                 models.append(Model.from_entry(entry))
             except ValueError as error:
                 log.warning("The page's model list has an entry that is no model: %s", error)
-        if changed := self._pool.merge_models(models):
-            log.info("The page's model list changed %d of %d models", changed, len(self._pool.catalog))
+        changed = self._pool.merge_models(models)
+        self._bus.publish(ModelsListed(len(models), len(changed)))
 
     async def _capture(self, frame: Captured) -> None:
         """Take a conversation that the person opened or continued by hand into the pool."""
@@ -2422,7 +3304,8 @@ class BridgeListener:
 #   - A new conversation joins the pool when its answer has ended well, is on disk before it is told of, and
 #     is not lost to a cancellation between the two.
 #   - Leaving the exchange, for whatever reason, aborts the fetch in the browser; leaving `answer` frees
-#     session and token.
+#     session and token. A sink that has enough (a stop string, a token limit) is such a reason; a
+#     conversation whose first answer was aborted so has no message to retry, and does not join the pool.
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -2441,7 +3324,9 @@ class Limits(msgspec.Struct, frozen=True):
 class Sink(Protocol):
     """Where an answer goes."""
 
-    async def deliver(self, events: Sequence[AnswerEvent]) -> None: ...
+    async def deliver(self, events: Sequence[AnswerEvent]) -> bool:
+        """Take the next events. False when nothing of the answer is wanted any more."""
+        ...
 
     def restart(self) -> bool:
         """Forget what was delivered, for another attempt. False when somebody has it already."""
@@ -2451,8 +3336,8 @@ class Sink(Protocol):
 class Discard:
     """The sink of an answer that nobody reads: bootstrap's."""
 
-    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
-        return
+    async def deliver(self, events: Sequence[AnswerEvent]) -> bool:
+        return True
 
     def restart(self) -> bool:
         return True
@@ -2550,8 +3435,8 @@ class Attempt:
         )
         lease.last_session_id = self._session.session_id
 
-    async def run(self, messages: Sequence[Message], sink: Sink) -> Finish:
-        """From the request to the pool's bookkeeping. Raises Setback."""
+    async def run(self, messages: Sequence[Message], sink: Sink) -> Finish | None:
+        """From the request to the pool's bookkeeping; None when the sink had enough. Raises Setback."""
         try:
             with trio.fail_after(self._limits.exchange_seconds):
                 finish = await self._exchange(messages, sink)
@@ -2567,7 +3452,7 @@ class Attempt:
             self._bridges.gate(self._account).leave(self._lease)
         if self._lease.session:
             self._pool.note_use(self._session)
-        else:
+        elif finish:
             # It exists at the site now: a cancellation must not lose it. The store's own timeout bounds this.
             with trio.CancelScope(shield=True):
                 await self._pool.add(self._session)
@@ -2585,7 +3470,7 @@ class Attempt:
         body = encode_create(self._lease.model, messages, session_id, message_id)
         return self._bridge.fetch("POST", self._arena.create_path, body)
 
-    async def _exchange(self, messages: Sequence[Message], sink: Sink) -> Finish:
+    async def _exchange(self, messages: Sequence[Message], sink: Sink) -> Finish | None:
         """Send, read the head, and pump the body into the sink."""
         with self._send(messages) as exchange:
             try:
@@ -2617,8 +3502,11 @@ class Attempt:
             setback.course = "free"
         return setback
 
-    async def _pump(self, exchange: Exchange, sink: Sink) -> Finish:
-        """Decode the body into the sink as it arrives. Raises Setback when it ends without a good end."""
+    async def _pump(self, exchange: Exchange, sink: Sink) -> Finish | None:
+        """Decode the body into the sink as it arrives, until its end or until the sink has enough (None).
+
+        Raises Setback when it ends without a good end.
+        """
         lease, decoder = self._lease, ArenaStreamDecoder()
         while True:
             seconds = self._limits.idle_seconds if lease.first_byte_at else self._limits.first_byte_seconds
@@ -2633,7 +3521,8 @@ class Attempt:
             last = events.pop() if decoder.is_finished and events else None
             if events:
                 lease.first_byte_at = lease.first_byte_at or trio.current_time()
-                await sink.deliver(events)
+                if not await sink.deliver(events):
+                    return last if isinstance(last, Finish) else None
             if last is not None:
                 finish = self._judge_end(last)
                 await _read_rest(exchange)
@@ -2662,8 +3551,13 @@ class Relay:
     def __init__(self, config: Config, pool: SessionPool, bridges: Bridges) -> None:
         self._config, self._pool, self._bridges = config, pool, bridges
 
-    async def answer(self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits) -> Finish:
-        """Answer `messages` into `sink`; returns how the answer ended. Raises ApiError."""
+    async def answer(
+        self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
+    ) -> Finish | None:
+        """Answer `messages` into `sink`; returns how the answer ended, None when the sink had enough.
+
+        Raises ApiError.
+        """
         try:
             with trio.fail_after(limits.total_seconds):
                 await self._bridges.wait_ready(limits.person_wait_seconds)
@@ -2705,7 +3599,7 @@ class Relay:
 
     async def _attempt_all(
         self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
-    ) -> Finish:
+    ) -> Finish | None:
         failures = pauses = 0
         patience_ends_at = math.inf
         while True:
@@ -3258,7 +4152,7 @@ class HttpRequest:
             headers["retry-after"] = str(error.retry_after)
         if not error.may_retry:
             headers["x-should-retry"] = "false"
-        await self.respond(error.http_status, _encode_json(error_object(error, self.id)), headers)
+        await self.respond(error.http_status, encode_error(error, self.id), headers)
 
     async def read_body(self, limit_bytes: int) -> bytes:
         """The whole body. Raises ClientError when it is too large or too slow."""
@@ -3290,17 +4184,12 @@ class HttpRequest:
 
 
 class Reply:
-    """An answer on its way to a client: the sink of its events, and what is kept of them."""
+    """The response to a request, in one of its forms: what its answers show goes in."""
 
-    def __init__(self, http: HttpRequest, model: str) -> None:
-        self.http, self.model = http, model
+    def __init__(self, http: HttpRequest, asked: AnswerRequest) -> None:
+        self.http, self.asked = http, asked
         self.answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.texts: list[str] = []
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
 
     def begin(self, nursery: trio.Nursery) -> None:
         """Start what runs beside the answering task."""
@@ -3313,58 +4202,62 @@ class Reply:
         if not self.http.has_ended:
             request_scope.cancel()
 
-    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
-        raise NotImplementedError
+    def has_shown(self, index: int) -> bool:
+        """Whether the client has something of an answer already."""
+        return False
 
-    def restart(self) -> bool:
-        """Forget what was delivered, for another attempt. False when the client has it already."""
-        raise NotImplementedError
+    async def show(self, index: int, events: Sequence[AnswerEvent]) -> None:
+        """Take what an answer shows. A whole reply waits for all of it."""
 
-    async def finish(self, finish: Finish, usage: Usage) -> None:
+    def close(self, index: int, answer: Answer) -> None:
+        """Take the end of one of several answers."""
+
+    async def finish(self, answers: Sequence[Answer]) -> None:
         raise NotImplementedError
 
     async def fail(self, error: ApiError) -> None:
-        raise NotImplementedError
+        await self.http.respond_error(error)
 
 
 class WholeReply(Reply):
     """One JSON object at the end."""
 
-    def __init__(self, http: HttpRequest, model: str) -> None:
-        super().__init__(http, model)
-        self._reasoning: list[str] = []
-        self._sources: list[Source] = []
+    def __init__(self, http: HttpRequest, asked: AnswerRequest, settings: RequestsConfig) -> None:
+        super().__init__(http, asked)
+        self._settings = settings
 
-    def restart(self) -> bool:
-        self.texts.clear()
-        self._reasoning.clear()
-        self._sources.clear()
-        return True
-
-    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
-        for event in events:
-            match event:
-                case Text(text):
-                    self.texts.append(text)
-                case Reasoning(text):
-                    self._reasoning.append(text)
-                case Media():
-                    self.texts.append(media_markdown(event))
-                case Source():
-                    self._sources.append(event)
-
-    async def finish(self, finish: Finish, usage: Usage) -> None:
-        message: dict[str, object] = {"role": "assistant", "content": self.text, "refusal": None}
-        if self._reasoning:
-            message["reasoning_content"] = "".join(self._reasoning)
-        if self._sources:
-            message["annotations"] = [citation(source) for source in self._sources]
-        reason = finish_reason(finish)
-        body = encode_completion(self.answer_id, self.model, self.created, message, reason, usage)
+    async def finish(self, answers: Sequence[Answer]) -> None:
+        head = (self.answer_id, self.asked.model, self.created)
+        body = encode_completion(*head, answers, self._settings.reasoning)
         await self.http.respond(200, body, {"content-type": "application/json"})
 
-    async def fail(self, error: ApiError) -> None:
-        await self.http.respond_error(error)
+
+class PicturesReply(Reply):
+    """The pictures of image models: by their addresses, or fetched and given in base64."""
+
+    def __init__(self, http: HttpRequest, asked: AnswerRequest, files: MediaFiles, limit_mb: int) -> None:
+        super().__init__(http, asked)
+        self._files, self._limit_mb = files, limit_mb
+
+    async def finish(self, answers: Sequence[Answer]) -> None:
+        pictures = Pictures(self.created, [await self._picture(answer) for answer in answers])
+        await self.http.respond(200, encode_json(pictures), {"content-type": "application/json"})
+
+    async def _picture(self, answer: Answer) -> Picture:
+        if not answer.media:
+            if answer.finish_reason == "content_filter":
+                message = "The site's moderation stopped this picture."
+                raise ClientError(message, code="content_policy_violation")
+            words = f" It said: {answer.text[:300]}" if answer.text else ""
+            raise ArenaError(f"{self.asked.model} sent no picture.{words}", may_retry=False)
+        url = answer.media[0].url
+        if self.asked.image_format == "url":
+            return Picture(url=url)
+        try:
+            _, data = await self._files.fetch(url, self._limit_mb)
+        except FetchFailed as error:
+            raise ArenaError(f"The picture at {url} cannot be fetched: {error}.", may_retry=False) from None
+        return Picture(b64_json=base64.b64encode(data).decode())
 
 
 class StreamedReply(Reply):
@@ -3382,23 +4275,26 @@ class StreamedReply(Reply):
     )
     OUTBOX_LIMIT_BYTES = 1 << 20
 
-    def __init__(self, http: HttpRequest, model: str, settings: RequestsConfig, include_usage: bool) -> None:
-        super().__init__(http, model)
-        self._settings, self._include_usage = settings, include_usage
-        self._encoder = ChunkEncoder(self.answer_id, model, self.created)
+    def __init__(self, http: HttpRequest, asked: AnswerRequest, settings: RequestsConfig) -> None:
+        super().__init__(http, asked)
+        self._settings = settings
+        head = (self.answer_id, asked.model, self.created)
+        self._encoders = [ChunkEncoder(*head, index, settings.reasoning) for index in range(asked.n)]
         self._outbox = bytearray()
         self._filled, self._emptied = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         self._written = trio.Event()
         self._put_at = trio.current_time()
-        # Whether there is a status, whether there is some of the answer, and whether there is all of it.
-        self._is_committed = self._has_content = self._is_complete = False
+        # Which answers the client has something of.
+        self._begun: set[int] = set()
+        # Whether there is a status, and whether there is all of the reply.
+        self._is_committed = self._is_complete = False
 
     def begin(self, nursery: trio.Nursery) -> None:
         super().begin(nursery)
         nursery.start_soon(self._write)
 
-    def restart(self) -> bool:
-        return not self._has_content
+    def has_shown(self, index: int) -> bool:
+        return index in self._begun
 
     async def attend(self, request_scope: trio.CancelScope) -> None:
         """Also commits to a status, and keeps a quiet stream alive."""
@@ -3416,13 +4312,14 @@ class StreamedReply(Reply):
 
     def _keepalive(self) -> bytes:
         # Some watchdogs count chunks and not comments; some naive clients choke on comments.
-        kinds = {"chunk": self._encoder.delta({"content": ""}), "comment": SSE_COMMENT, "off": b""}
-        return kinds[self._settings.keepalive]
+        chunk = self._encoders[0].delta(Delta(content=""))
+        return {"chunk": chunk, "comment": SSE_COMMENT, "off": b""}[self._settings.keepalive]
 
     def _put(self, data: bytes, *, is_last: bool = False) -> None:
         if not self._is_committed:
             self._is_committed = True
-            self._outbox += self._encoder.delta({"role": "assistant", "content": ""})
+            role = Delta(role="assistant", content="")
+            self._outbox += b"".join([encoder.delta(role) for encoder in self._encoders])
         self._outbox += data
         self._is_complete = is_last
         self._put_at = trio.current_time()
@@ -3449,30 +4346,20 @@ class StreamedReply(Reply):
             return
         raise ClientLeft
 
-    async def deliver(self, events: Sequence[AnswerEvent]) -> None:
-        self._has_content = True
-        self._put(b"".join([self._encode(event) for event in events]))
+    async def show(self, index: int, events: Sequence[AnswerEvent]) -> None:
+        self._begun.add(index)
+        encoder = self._encoders[index]
+        self._put(b"".join([encoder.event(event) for event in events]))
         while len(self._outbox) > self.OUTBOX_LIMIT_BYTES:
             await self._wait_for_client(self._emptied.park)
 
-    def _encode(self, event: AnswerEvent) -> bytes:
-        match event:
-            case Text(text):
-                self.texts.append(text)
-                return self._encoder.text(text)
-            case Reasoning(text):
-                return self._encoder.reasoning(text)
-            case Media():
-                self.texts.append(media_markdown(event))
-                return self._encoder.text(self.texts[-1])
-            case Source():
-                return self._encoder.delta({"annotations": [citation(event)]})
-            case _:
-                return b""
+    def close(self, index: int, answer: Answer) -> None:
+        self._begun.add(index)
+        self._put(self._encoders[index].finish(answer.finish_reason))
 
-    async def finish(self, finish: Finish, usage: Usage) -> None:
-        last = self._encoder.usage(usage) if self._include_usage else b""
-        await self._end(self._encoder.finish(finish_reason(finish)) + last + SSE_DONE)
+    async def finish(self, answers: Sequence[Answer]) -> None:
+        usage = self._encoders[0].usage(sum_usage(answers)) if self.asked.include_usage else b""
+        await self._end(usage + SSE_DONE)
 
     async def fail(self, error: ApiError) -> None:
         if not self._is_committed:
@@ -3480,13 +4367,46 @@ class StreamedReply(Reply):
             await self.http.respond_error(error)
         else:
             # The one place where an error is rendered after the first byte.
-            event = b"data: " + _encode_json(error_object(error, self.http.id)) + b"\n\n"
-            await self._end(event + SSE_DONE)
+            await self._end(b"data: " + encode_error(error, self.http.id) + b"\n\n" + SSE_DONE)
 
     async def _end(self, data: bytes) -> None:
         if not self._is_complete:
             self._put(data, is_last=True)
         await self._wait_for_client(self._written.wait)
+
+
+class Choice:
+    """One of a request's answers: the sink of its exchange, on its way into the reply."""
+
+    def __init__(
+        self, reply: Reply, index: int, answer: Answer, lease: Lease, files: MediaFiles | None
+    ) -> None:
+        """`files`: where the answer's images and videos are kept, if they are."""
+        self.answer, self.lease = answer, lease
+        self._reply, self._index, self._files = reply, index, files
+
+    async def deliver(self, events: Sequence[AnswerEvent]) -> bool:
+        if self._files and any(isinstance(event, Media) for event in events):
+            events = [await self._keep(event, self._files) for event in events]
+        if shown := self.answer.take(events):
+            await self._reply.show(self._index, shown)
+        return self.answer.cut is None
+
+    async def _keep(self, event: AnswerEvent, files: MediaFiles) -> AnswerEvent:
+        own_url = f"http://{self._reply.http.headers['host']}"
+        return await files.keep(event, own_url) if isinstance(event, Media) else event
+
+    def restart(self) -> bool:
+        if self._reply.has_shown(self._index):
+            return False
+        self.answer.clear()
+        return True
+
+    async def finish(self, finish: Finish | None) -> None:
+        """Take the answer's end, None where it was cut."""
+        if shown := self.answer.end(finish):
+            await self._reply.show(self._index, shown)
+        self._reply.close(self._index, self.answer)
 
 
 def _for_log(message: Message) -> dict[str, object]:
@@ -3495,14 +4415,19 @@ def _for_log(message: Message) -> dict[str, object]:
     return {"role": message.role, "content": message.content, "attachments": names}
 
 
-class Chat:
-    """POST /v1/chat/completions."""
+class Answers:
+    """The endpoints that the site answers: chat completions, image generations and image edits."""
 
-    def __init__(self, config: Config, pool: SessionPool, relay: Relay, bus: EventBus) -> None:
-        self._config, self._pool, self._relay, self._bus = config, pool, relay, bus
+    PATHS = ("/v1/chat/completions", "/v1/images/generations", "/v1/images/edits")
+
+    def __init__(
+        self, config: Config, pool: SessionPool, relay: Relay, media: MediaFiles, bus: EventBus
+    ) -> None:
+        self._config, self._pool, self._relay, self._media, self._bus = config, pool, relay, media, bus
         self._running: dict[str, trio.CancelScope] = {}
         self._idle = trio.Event()
         self._is_draining = False
+        self._told_ignored: set[str] = set()
         self.completed = self.failed = 0
 
     @property
@@ -3522,54 +4447,106 @@ class Chat:
     async def answer(self, http: HttpRequest) -> None:
         """Answer one request. Raises ApiError for what can be told before an answer is tried."""
         received_at = time.time()
-        body = await http.read_body(self._config.server.max_body_mb << 20)
-        chat, ignored = decode_chat_request(body)
-        messages = read_messages(chat)
-        images = [len(message.attachments) for message in messages]
-        model = self._pool.catalog.resolve(chat.model, sum(images), images[-1])
+        asked = await self._read(http)
+        model = self._pool.catalog.resolve(asked.model, asked.images)
+        self._check(asked, model)
         if self._is_draining:
             raise BridgeError("The program is shutting down.", code="shutting_down", retry_after=5)
-        if ignored:
-            http.extra_headers["x-ignored-parameters"] = ", ".join(ignored)
+        if asked.ignored:
+            http.extra_headers["x-ignored-parameters"] = ", ".join(asked.ignored)
+            self._tell_ignored(asked.ignored)
+        reply = self._reply(http, asked)
+        files = self._media if self._config.media.keep and asked.image_format != "b64_json" else None
         settings = self._config.requests
-        reply: Reply = WholeReply(http, chat.model)
-        if chat.stream:
-            include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-            reply = StreamedReply(http, chat.model, settings, include_usage)
-        lease = Lease(http.id, model)
+        choices = [
+            Choice(reply, index, Answer(asked, settings), Lease(http.id, model), files)
+            for index in range(asked.n)
+        ]
         async with trio.open_nursery() as nursery:
             reply.begin(nursery)
-            await self._carry_out(lease, messages, reply, received_at)
+            await self._carry_out(reply, choices, received_at)
             nursery.cancel_scope.cancel()
 
-    async def _carry_out(
-        self, lease: Lease, messages: Sequence[Message], reply: Reply, received_at: float
-    ) -> None:
-        status, outcome, usage = 499, "client_left", None
-        self._running[lease.request_id] = scope = trio.CancelScope()
+    async def _read(self, http: HttpRequest) -> AnswerRequest:
+        body = await http.read_body(self._config.server.max_body_mb << 20)
+        match http.path:
+            case "/v1/images/edits":
+                return read_image_edit(body, http.headers.get("content-type", ""))
+            case "/v1/images/generations":
+                return read_image_generation(body)
+        return read_chat(body)
+
+    def _check(self, asked: AnswerRequest, model: Model) -> None:
+        """Raises ClientError for what the model cannot do."""
+        if asked.image_format and model.modality != "image":
+            raise ClientError(f"The model {asked.model!r} makes no pictures.", param="model")
+        size = int(self._pool.of(model.id).limiter.total_tokens)
+        if asked.n > size:
+            message = f"n = {asked.n}: the model {asked.model!r} gives up to {size} answers at once."
+            raise ClientError(message, param="n")
+
+    def _tell_ignored(self, ignored: Sequence[str]) -> None:
+        if news := [name for name in ignored if name not in self._told_ignored]:
+            self._told_ignored.update(news)
+            log.info("Parameters that have no effect here (said once): %s", ", ".join(news))
+
+    def _reply(self, http: HttpRequest, asked: AnswerRequest) -> Reply:
+        if asked.image_format:
+            return PicturesReply(http, asked, self._media, self._config.media.max_file_mb)
+        form = StreamedReply if asked.stream else WholeReply
+        return form(http, asked, self._config.requests)
+
+    async def _carry_out(self, reply: Reply, choices: Sequence[Choice], received_at: float) -> None:
+        status, outcome = 499, "client_left"
+        self._running[reply.http.id] = scope = trio.CancelScope()
         try:
             with scope:
-                finish = await self._relay.answer(lease, messages, reply, self._limits())
-                usage = count_usage(finish, messages, reply.text)
-                await reply.finish(finish, usage)
-                status, outcome = 200, finish_reason(finish)
+                await self._answer_all(reply, choices)
+                answers = [choice.answer for choice in choices]
+                await reply.finish(answers)
+                status, outcome = 200, answers[0].finish_reason
             if scope.cancelled_caught:
                 raise BridgeError("The program is shutting down.", code="shutting_down", may_retry=False)
         except ClientLeft:
             log.info("Request %s: the client does not read any more", reply.http.id)
         except ApiError as error:
             status, outcome = error.http_status, error.error_code
-            await reply.fail(error)
+            await self._fail(reply, error)
         except Exception:
             status, outcome = 500, "internal_error"
             log.exception("Request %s met an error in the program", reply.http.id)
-            await reply.fail(ApiError("The program has an error; its log has the whole story."))
+            await self._fail(reply, ApiError("The program has an error; its log has the whole story."))
         finally:
-            self._note_ended(lease, messages, reply, received_at, status, outcome, usage)
-            del self._running[lease.request_id]
+            self._note_ended(reply, choices, received_at, status, outcome)
+            del self._running[reply.http.id]
             if not self._running:
                 self._idle.set()
                 self._idle = trio.Event()
+
+    async def _fail(self, reply: Reply, error: ApiError) -> None:
+        try:
+            await reply.fail(error)
+        except ClientLeft:
+            log.info("Request %s: the client did not read its error", reply.http.id)
+
+    async def _answer_all(self, reply: Reply, choices: Sequence[Choice]) -> None:
+        """Let the relay fill all choices, side by side; the first that fails ends all."""
+        messages = await self._media.attach_all(reply.asked, self._config.arena.max_attachment_mb)
+        if len(choices) == 1:
+            await self._answer_one(choices[0], messages)
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                for choice in choices:
+                    nursery.start_soon(self._answer_one, choice, messages)
+        except* (ApiError, ClientLeft) as group:
+            failure = next(leaves(group))
+        else:
+            return
+        raise failure
+
+    async def _answer_one(self, choice: Choice, messages: Sequence[Message]) -> None:
+        await choice.finish(await self._relay.answer(choice.lease, messages, choice, self._limits()))
 
     def _limits(self) -> Limits:
         settings = self._config.requests
@@ -3585,38 +4562,37 @@ class Chat:
         )
 
     def _note_ended(
-        self,
-        lease: Lease,
-        messages: Sequence[Message],
-        reply: Reply,
-        received_at: float,
-        status: int,
-        outcome: str,
-        usage: Usage | None,
+        self, reply: Reply, choices: Sequence[Choice], received_at: float, status: int, outcome: str
     ) -> None:
-        """Count it and tell of it."""
+        """Count it and tell of it; of several choices, the first byte and the longest wait count."""
         now = trio.current_time()
         self.completed += status == 200
         self.failed += status not in (200, 499)
         has_contents = self._config.log.contents
+        leases = [choice.lease for choice in choices]
+        answers = [choice.answer for choice in choices]
+        first_bytes = [lease.first_byte_at for lease in leases if lease.first_byte_at]
+        usage = sum_usage(answers) if status == 200 else None
         self._bus.publish(
             RequestEnded(
-                request_id=lease.request_id,
+                request_id=reply.http.id,
                 created_at=received_at,
-                model=reply.model,
-                model_id=lease.model.id,
-                is_stream=isinstance(reply, StreamedReply),
+                model=reply.asked.model,
+                model_id=leases[0].model.id,
+                is_stream=reply.asked.stream,
                 status=status,
                 outcome=outcome,
-                session_id=lease.last_session_id,
-                attempts=lease.attempts,
-                queued_seconds=(lease.admitted_at or now) - lease.started_at,
-                first_byte_seconds=lease.first_byte_at - lease.started_at if lease.first_byte_at else None,
-                total_seconds=now - lease.started_at,
+                session_id=leases[0].last_session_id,
+                attempts=sum(lease.attempts for lease in leases),
+                queued_seconds=max((lease.admitted_at or now) - lease.started_at for lease in leases),
+                first_byte_seconds=min(first_bytes) - leases[0].started_at if first_bytes else None,
+                total_seconds=now - leases[0].started_at,
                 prompt_tokens=usage.prompt_tokens if usage else None,
                 completion_tokens=usage.completion_tokens if usage else None,
-                messages=_encode_json([*map(_for_log, messages)]).decode() if has_contents else None,
-                answer=reply.text if has_contents else None,
+                messages=encode_json([*map(_for_log, reply.asked.messages)]).decode()
+                if has_contents
+                else None,
+                answer="\n\n".join(answer.text for answer in answers) if has_contents else None,
             )
         )
 
@@ -3685,11 +4661,11 @@ class ApiApp(QuartTrio):
     """The Quart application, with what `ApiConnection` needs."""
 
     admission: Admission
-    chat: Chat
+    answers: Answers
 
 
 class ApiConnection(TrioASGIHTTPConnection):
-    """One HTTP request: admitted, then answered by Quart or, for chat, by `Chat` itself."""
+    """One HTTP request: admitted, then answered by Quart or, where the site answers, by `Answers`."""
 
     app: ApiApp
 
@@ -3699,11 +4675,11 @@ class ApiConnection(TrioASGIHTTPConnection):
             self.app.admission.check(http)
             if http.method == "OPTIONS":
                 await http.respond(204, b"", self.app.admission.preflight(http))
-            elif http.path == "/v1/chat/completions":
+            elif http.path in Answers.PATHS:
                 if http.method != "POST":
                     message = f"Method Not Allowed: {http.method} {http.path}."
                     raise ClientError(message, status=405, code="method_not_allowed")
-                await self.app.chat.answer(http)
+                await self.app.answers.answer(http)
             else:
                 self.scope["lmarena_proxy.request"] = http  # type: ignore[typeddict-unknown-key]
                 await super().__call__(receive, http.send)
@@ -3714,17 +4690,23 @@ class ApiConnection(TrioASGIHTTPConnection):
 
 
 def _json(value: object, status: int = 200) -> Response:
-    return Response(_encode_json(value), status, content_type="application/json")
+    return Response(encode_json(value), status, content_type="application/json")
 
 
 class Api:
     """The HTTP surface: routes, and the server under them."""
 
     def __init__(
-        self, config: Config, pool: SessionPool, bridges: Bridges, bootstrap: Bootstrap, chat: Chat
+        self,
+        config: Config,
+        pool: SessionPool,
+        bridges: Bridges,
+        bootstrap: Bootstrap,
+        answers: Answers,
+        media: MediaFiles,
     ) -> None:
         self._config, self._pool, self._bridges, self._bootstrap = config, pool, bridges, bootstrap
-        self.chat = chat
+        self._answers, self._media = answers, media
         self.bridge_url = ""
         self.url = ""
         self._started_at = time.time()
@@ -3753,7 +4735,7 @@ class Api:
     def _build(self) -> ApiApp:
         app = ApiApp("lmarena_proxy", static_folder=None)
         app.asgi_http_class = ApiConnection
-        app.admission, app.chat = Admission(self._config.server), self.chat
+        app.admission, app.answers = Admission(self._config.server), self._answers
         # Quart's own limits end a stream silently after 60 s, and cap bodies at 16 MB.
         app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=self._config.server.max_body_mb << 20)
         app.errorhandler(Exception)(self._tell_error)
@@ -3764,6 +4746,7 @@ class Api:
             ("/bridge.user.js", "GET", self._userscript),
             ("/v1/models", "GET", self._models),
             ("/v1/models/<path:name>", "GET", self._model),
+            ("/media/<name>", "GET", self._media_file),
             ("/api/state", "GET", self._state),
             ("/api/bootstrap", "POST", self._control_bootstrap),
             ("/api/models/refresh", "POST", self._refresh_models),
@@ -3780,12 +4763,16 @@ class Api:
             codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
             code = codes.get(error.code or 500, "invalid_request")
             description = f"{error.name}: {request.method} {request.path}."
+            if request.path.startswith("/v1/"):
+                description += f" This API has {', '.join(Answers.PATHS)} and /v1/models."
+            elif f"/v1{request.path}" in (*Answers.PATHS, "/v1/models"):
+                description += " The API is under /v1: add that to the base URL."
             error = ClientError(description, status=error.code or 500, code=code)
         elif not isinstance(error, ApiError):
             log.error("A page met an error in the program", exc_info=error)
             error = ApiError("The program has an error; its log has the whole story.")
         http: HttpRequest = request.scope["lmarena_proxy.request"]  # type: ignore[typeddict-item]
-        response = _json(error_object(error, http.id), error.http_status)
+        response = Response(encode_error(error, http.id), error.http_status, content_type="application/json")
         if error.retry_after is not None:
             response.headers["retry-after"] = str(error.retry_after)
         return response
@@ -3815,36 +4802,43 @@ class Api:
             ("INSTALL_URL", f"{self.url}/bridge.user.js"),
             ("AUTH_COOKIE", self._config.arena.auth_cookie),
         ):
-            line = f"const {name} = {_encode_json(value).decode()};"
+            line = f"const {name} = {encode_json(value).decode()};"
             script, count = re.subn(rf'const {name} = ".*";', line.replace("\\", r"\\"), script)
             assert count == 1, name
         return Response(
             script, content_type="text/javascript; charset=utf-8", headers={"cache-control": "no-store"}
         )
 
-    def _describe(self, name: str, models: Sequence[Model]) -> dict[str, object]:
+    def _describe(self, name: str) -> ModelCard:
         """One entry of /v1/models; a name that stands for two models is one entry."""
-        return {
-            "id": name,
-            "object": "model",
-            "created": int(self._started_at),
-            "owned_by": models[0].organization,
-            "modality": models[0].modality,
-            "takes_image": any(model.takes_image for model in models),
-            "sessions_ready": sum(self._pool.of(model.id).idle for model in models),
-        }
-
-    async def _models(self) -> Response:
-        names = dict.fromkeys(model.name for model in self._pool.catalog)
-        return _json(
-            {"object": "list", "data": [self._describe(n, self._pool.catalog.named(n)) for n in names]}
+        models = self._pool.catalog.named(name)
+        return ModelCard(
+            id=name,
+            created=int(self._started_at),
+            owned_by=models[0].organization,
+            modality=models[0].modality,
+            input_capabilities=tuple(dict.fromkeys(kind for model in models for kind in model.inputs)),
+            output_capabilities=tuple(dict.fromkeys(kind for model in models for kind in model.outputs)),
+            takes_many_images=all(model.takes_many_images for model in models),
+            requires_image=all(model.requires_image for model in models),
+            sessions_ready=sum(self._pool.of(model.id).idle for model in models),
         )
 
+    async def _models(self) -> Response:
+        return _json(ModelList(data=[self._describe(name) for name in self._pool.catalog.names()]))
+
     async def _model(self, name: str) -> Response:
-        models = self._pool.catalog.named(name)
-        if not models:
-            self._pool.catalog.resolve(name, images=0)
-        return _json(self._describe(name, models))
+        if not self._pool.catalog.named(name):
+            raise self._pool.catalog.unknown(name)
+        return _json(self._describe(name))
+
+    async def _media_file(self, name: str) -> Response:
+        path = self._media.path_of(name)
+        if path is None:
+            raise ClientError(f"There is no {request.path}.", status=404, code="not_found")
+        response = await send_file(path, conditional=True, cache_timeout=86_400)
+        response.headers["x-content-type-options"] = "nosniff"
+        return response
 
     async def _state(self) -> Response:
         return _json(
@@ -3855,9 +4849,9 @@ class Api:
                 "bootstrap": self._bootstrap.snapshot(),
                 "pool": self._pool.snapshot(),
                 "requests": {
-                    "active": self.chat.active,
-                    "completed": self.chat.completed,
-                    "failed": self.chat.failed,
+                    "active": self._answers.active,
+                    "completed": self._answers.completed,
+                    "failed": self._answers.failed,
                 },
             }
         )
@@ -3895,20 +4889,11 @@ class Api:
 EXIT_OK, EXIT_CANNOT_START, EXIT_FORCED = 0, 2, 130
 
 
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    """The exceptions inside nested groups."""
-    if isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
-            yield from _leaves(each)
-    else:
-        yield error
-
-
 async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..., Awaitable[Any]]) -> Any:
     try:
         return await nursery.start(serve)
     except (OSError, ExceptionGroup) as error:
-        refusals = [leaf for leaf in _leaves(error) if isinstance(leaf, OSError)]
+        refusals = [leaf for leaf in leaves(error) if isinstance(leaf, OSError)]
         if not refusals:
             raise
         raise ConfigError(key, port, f"a port that can be listened at ({refusals[0].strerror})") from None
@@ -3926,7 +4911,9 @@ class Program:
     def __init__(self, config: Config, directory: Path, console: Console) -> None:
         """`directory`: what the configuration's paths are relative to. Raises ConfigError."""
         self.config, self.console = config, console
-        catalog = read_catalog(directory / config.models.path, config.models.include, config.models.exclude)
+        catalog = read_catalog(directory / config.models.path, config.models)
+        for alias in catalog.dangling_aliases():
+            log.warning("The alias %s stands for %s, which is no model", alias, config.models.aliases[alias])
         self.bus = EventBus()
         self.bus.subscribe(log_event)
         self.store = Store(directory / config.storage.path)
@@ -3936,8 +4923,9 @@ class Program:
         self.listener = BridgeListener(config, self.bus, self.pool, self.bridges)
         self.relay = Relay(config, self.pool, self.bridges)
         self.bootstrap = Bootstrap(config, self.pool, self.bridges, self.relay, console, self.bus)
-        self.chat = Chat(config, self.pool, self.relay, self.bus)
-        self.api = Api(config, self.pool, self.bridges, self.bootstrap, self.chat)
+        self.media = MediaFiles(config.media, directory / config.storage.path / "media")
+        self.answers = Answers(config, self.pool, self.relay, self.media, self.bus)
+        self.api = Api(config, self.pool, self.bridges, self.bootstrap, self.answers, self.media)
         self._scope = trio.CancelScope()
 
     async def run(self, *, task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED) -> None:
@@ -3967,7 +4955,7 @@ class Program:
     async def stop(self) -> None:
         """Shut down: no new requests, the running ones get their grace, then everything ends."""
         self.bootstrap.abort("the program is shutting down")
-        await self.chat.drain(self.config.server.shutdown_grace_seconds)
+        await self.answers.drain(self.config.server.shutdown_grace_seconds)
         self._scope.cancel()
 
     async def obey_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -4018,6 +5006,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="check configuration, models, store and ports, and exit"
     )
+    parser.add_argument(
+        "--update-models", action="store_true", help="write the page's model list to models.json, and exit"
+    )
     parser.add_argument("--version", action="version", version=f"lmarena_proxy {VERSION}")
     return parser.parse_args(arguments)
 
@@ -4038,8 +5029,10 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
             overrides[table, key] = value
     if api_key := environment.get("LMARENA_PROXY_API_KEY"):
         overrides["server", "api_key"] = api_key
-    if options.no_bootstrap:
+    if options.no_bootstrap or options.update_models:
         overrides["bootstrap", "enabled"] = False
+    if options.update_models:
+        overrides |= {("models", "include"): ["*"], ("models", "exclude"): []}
     if options.demo:
         # A demo does not keep one waiting.
         overrides["bootstrap", "settle_seconds"] = 3
@@ -4049,8 +5042,12 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
 def check(config: Config, directory: Path, console: Console) -> None:
     """Try what a start needs, and say what was found. Raises ConfigError for the first thing wrong."""
     console.say(f"configuration  {directory}: every key is known and in range")
-    catalog = read_catalog(directory / config.models.path, config.models.include, config.models.exclude)
+    catalog = read_catalog(directory / config.models.path, config.models)
     console.say(f"models         {len(catalog)} of {config.models.path} are served")
+    for alias in catalog.dangling_aliases():
+        console.say(
+            f"alias          {alias} stands for {config.models.aliases[alias]}, which is none of them"
+        )
     store = Store(directory / config.storage.path)
     console.say(f"store          {store.path} holds {len(store.sessions())} conversations")
     for key, host, port in (
@@ -4077,12 +5074,51 @@ async def run_demo(
     async with trio.open_nursery() as nursery:
         switches = Switches(check=True, latency_seconds=0.3, line_delay_seconds=0.03)
         url = await nursery.start(serve_arena, Arena(switches=switches))
+        program.media.site_origins.add(url)
         twin = Twin(url, program.api.bridge_url)
         await nursery.start(twin.run)
         task_status.started()
         for act in (twin.open_page, twin.pass_check, twin.accept_terms):
             await act()
             await trio.sleep(0.5)
+
+
+def write_models(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write models.json, one entry a line, all of it or nothing. Raises ConfigError when that cannot be."""
+    lines = ",\n".join(f"  {json.dumps(entry, ensure_ascii=False)}" for entry in entries)
+    written = path.with_name(path.name + ".new")
+    try:
+        written.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        os.replace(written, path)
+    except OSError as error:
+        raise ConfigError("models.path", str(path), f"a file that can be written ({error})") from None
+
+
+async def update_models(program: Program, path: Path) -> None:
+    """Wait for the page's model list, write it back to models.json, say what changed, and stop."""
+    before = {model.id: model.entry for model in program.pool.catalog}
+    is_listed = trio.Event()
+    program.bus.subscribe(
+        lambda event: is_listed.set() if isinstance(event, ModelsListed) and event.count else None
+    )
+    program.console.say("Waiting for the page's model list; Ctrl-C leaves models.json as it is.")
+    program.bridges.refresh_models()
+    await is_listed.wait()
+    models = [*program.pool.catalog]
+    for model in models:
+        old = before.get(model.id)
+        if old is None:
+            program.console.say(f"new      {model.name} ({model.id})")
+        elif old != model.entry:
+            keys = sorted(
+                key for key in old.keys() | model.entry.keys() if old.get(key) != model.entry.get(key)
+            )
+            program.console.say(f"changed  {model.name} ({model.id}): {', '.join(keys)}")
+    changes = sum(before.get(model.id) != model.entry for model in models)
+    if changes:
+        write_models(path, (model.entry for model in models))
+    program.console.say(f"{path}: {changes} of {len(models)} models are new or changed")
+    await program.stop()
 
 
 async def live(config: Config, directory: Path, console: Console, options: argparse.Namespace) -> None:
@@ -4100,6 +5136,8 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
             console.banner(
                 program.api.url, program.api.bridge_url, len(program.pool.catalog), sessions, notice
             )
+            if options.update_models:
+                nursery.start_soon(update_models, program, directory / config.models.path)
             if options.demo:
                 await nursery.start(run_demo, program)
         nursery.cancel_scope.cancel()
@@ -4127,11 +5165,11 @@ def main(arguments: Sequence[str]) -> int:
                 config = msgspec.structs.replace(config, storage=StorageConfig(store))
             trio.run(live, config, directory, console, options)
     except (ConfigError, BaseExceptionGroup) as error:
-        leaves = [*_leaves(error)]
-        if not all(isinstance(leaf, ConfigError) for leaf in leaves):
+        causes = [*leaves(error)]
+        if not all(isinstance(cause, ConfigError) for cause in causes):
             raise
-        for leaf in leaves:
-            screen.print(RichText(f"Cannot start: {leaf}", style="red"), soft_wrap=True)
+        for cause in causes:
+            screen.print(RichText(f"Cannot start: {cause}", style="red"), soft_wrap=True)
         return EXIT_CANNOT_START
     except KeyboardInterrupt:
         return EXIT_FORCED

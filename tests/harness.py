@@ -305,7 +305,7 @@ def write_config(directory: Path, tables: Tables) -> Path:
     lines = []
     for table, values in tables.items():
         lines.append(f"[{table}]")
-        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        lines += [f'"{key}" = {json.dumps(value, ensure_ascii=False)}' for key, value in values.items()]
     path = directory / "config.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

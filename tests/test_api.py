@@ -254,7 +254,7 @@ async def test_many_requests_at_once_share_four_conversations_in_order_of_arriva
     async with trio.open_nursery() as clients:
         for number in range(12):
             clients.start_soon(read_all, rig, CLAUDE, f"question {number:02}", answers)
-            await until(lambda: rig.program.chat.active == number + 1)  # noqa: B023
+            await until(lambda: rig.program.answers.active == number + 1)  # noqa: B023
         await until(lambda: len(rig.calls) == 4)
         assert rig.pool(CLAUDE).waiting == 8
         held.release()
@@ -715,7 +715,7 @@ async def test_requests_spread_over_two_tabs_and_keep_to_the_account_of_a_sessio
         ({"model": CLAUDE, "messages": "x"}, "messages"),
         ({"model": CLAUDE, "messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
         ({"model": CLAUDE, "messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        ({"model": CLAUDE, "messages": [user("x")], "n": 2}, "n"),
+        ({"model": CLAUDE, "messages": [user("x")], "n": 5}, "n"),
         ({"model": CLAUDE, "messages": [user("x")], "stream": "yes"}, "stream"),
         (
             {"model": CLAUDE, "messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
@@ -725,9 +725,9 @@ async def test_requests_spread_over_two_tabs_and_keep_to_the_account_of_a_sessio
             {"model": GPT, "messages": [picture("x", "data:image/png;base64,!!")]},
             "messages[0].content[1].image_url",
         ),
-        ({"model": CLAUDE, "messages": [picture("x", PNG)]}, "messages"),
-        ({"model": EDIT, "messages": [user("x")]}, "messages"),
-        ({"model": EDIT, "messages": [picture("x", PNG, PNG)]}, "messages"),
+        ({"model": CLAUDE, "messages": [picture("x", PNG)]}, "messages[0].content"),
+        ({"model": EDIT, "messages": [user("x")]}, "messages[0].content"),
+        ({"model": EDIT, "messages": [picture("x", PNG, PNG)]}, "messages[0].content"),
         ([], None),
         ("{", None),
         ("", None),

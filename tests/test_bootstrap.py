@@ -301,7 +301,7 @@ async def test_requests_too_wait_at_the_rate_limit(nursery: trio.Nursery, tmp_pa
             clients.start_soon(rig.chat, CLAUDE, "Hello")
     assert trio.current_time() - started >= 0.9
     assert [seen.status for seen in rig.calls].count(200) == 4
-    assert rig.program.chat.failed == 0
+    assert rig.program.answers.failed == 0
 
 
 async def test_answers_that_were_under_way_do_not_lift_a_rate_limit(

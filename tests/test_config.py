@@ -76,6 +76,10 @@ def test_the_readme_names_every_setting(setting: str) -> None:
         ("[bridge]\nheartbeat_seconds = 0", "bridge.heartbeat_seconds", 0, ">= 0.01"),
         ('[bootstrap]\nmessage = ""', "bootstrap.message", "", "length >= 1"),
         ('[log]\nlevel = "debug"', "log.level", "debug", "one of DEBUG, INFO"),
+        ("[models.aliases]\ngpt-4o = 5", "models.aliases", {"gpt-4o": 5}, "str"),
+        ('[models]\naliases = "x"', "models.aliases", "x", "object"),
+        ('[requests]\nreasoning = "no"', "requests.reasoning", "no", "one of reasoning_content, reasoning"),
+        ("[media]\nmax_file_mb = 0", "media.max_file_mb", 0, ">= 1"),
     ],
 )
 def test_a_wrong_setting_is_named_with_value_and_expectation(
@@ -132,6 +136,34 @@ def test_listening_beyond_loopback_needs_a_key(section: str, host: str) -> None:
     keyed = {"server": {"api_key": "secret"}}
     keyed.setdefault(section, {})["host"] = host
     assert getattr(parse_config(keyed), section).host == host
+
+
+@pytest.mark.parametrize(
+    "network", ["198.18.0.0/15", "10.0.0.0/8", "192.168.1.5", "fd00::/8", "64:ff9b::/96"]
+)
+def test_a_network_may_be_fetched_from(network: str) -> None:
+    assert parse_config({"media": {"allowed_networks": [network]}}).media.allowed_networks == (network,)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        "",
+        "x",
+        "127.0.0.1",
+        "127.0.0.0/8",
+        "0.0.0.0/0",
+        "::/0",
+        "::1",
+        "169.254.0.0/16",
+        "fe80::/64",
+        "10.0.0.1/8",
+    ],
+)
+def test_no_setting_opens_this_machine_to_fetching(network: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"media": {"allowed_networks": ["10.0.0.0/8", network]}})
+    assert (caught.value.key, caught.value.value) == ("media.allowed_networks", network)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])

@@ -31,7 +31,7 @@ from lmarena_proxy import (
 settings.register_profile("quiet", deadline=None, database=None)
 settings.load_profile("quiet")
 
-MODEL, OTHER = Model("1", "gpt"), Model("2", "paints", "image", takes_image=True)
+MODEL, OTHER = Model("1", "gpt"), Model("2", "paints", "image", inputs=("text", "image"))
 MINE, THEIRS = "mine", "theirs"
 
 

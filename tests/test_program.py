@@ -1,6 +1,7 @@
 """The whole program as a person meets it: a process in a terminal, the stand-in arena and a tab beside it."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import trio
 from harness import (
     CLAUDE,
     DEEPSEEK,
+    GPT,
     ROOT,
     SIX_MODELS,
     Desk,
@@ -27,6 +29,7 @@ from harness import (
     Terminal,
     eventually,
     model_id,
+    pick_models,
     request_body,
     sit_down,
     until,
@@ -34,7 +37,10 @@ from harness import (
     write_models,
 )
 
-from demo.arena import Failure, Switches
+import lmarena_proxy
+from demo.arena import Arena, Failure, Switches
+from demo.arena import serve as serve_arena
+from demo.twin import Twin
 
 PROMPT = "按回车键继续"
 START_LIMIT_SECONDS, IDLE_LIMIT_MB = 1.5, 60
@@ -517,7 +523,7 @@ def test_version_and_help_need_nothing(tmp_path: Path) -> None:
     shown = run_to_end(tmp_path, "--help").stdout
     for option in ("--config", "--yes", "--no-bootstrap", "--models", "--host", "--port", "--bridge-port"):
         assert option in shown
-    for option in ("--demo", "--check", "--version"):
+    for option in ("--demo", "--check", "--update-models", "--version"):
         assert option in shown
 
 
@@ -527,6 +533,79 @@ def test_check_examines_the_start_and_exits(tmp_path: Path) -> None:
     assert run_to_end(tmp_path, *arguments).returncode == 0
     config = write_config(tmp_path, {"pool": {"nonsense": 1}})
     assert run_to_end(tmp_path, "--check", "--config", str(config)).returncode == 2
+
+
+def test_an_alias_of_no_model_is_told_by_check(tmp_path: Path) -> None:
+    write_models(tmp_path, (CLAUDE,))
+    config = write_config(tmp_path, {"models.aliases": {"gpt-4o": CLAUDE, "mine": "nothing"}})
+    ports = ("--port", "0", "--bridge-port", "0")
+    ended = run_to_end(tmp_path, "--check", "--config", str(config), *ports)
+    assert ended.returncode == 0
+    assert "mine stands for nothing" in ended.stdout
+    assert "gpt-4o stands" not in ended.stdout
+
+
+# ── The model list ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def open_page(nursery: trio.Nursery, arena_url: str, bridge_url: str) -> None:
+    """A tab that has accepted the terms: only then the site shows its list."""
+    twin = Twin(arena_url, bridge_url)
+    await nursery.start(twin.run)
+    await twin.accept_terms()
+
+
+async def test_update_models_lays_the_page_s_list_over_the_file_tells_what_changed_and_exits(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    own, old, [listed] = pick_models([GPT])[0], pick_models([DEEPSEEK])[0], pick_models([CLAUDE])
+    stale = listed | {"capabilities": {"inputCapabilities": {"text": True}}, "ours": "你好"}
+    path = tmp_path / "models.json"
+    path.write_text(json.dumps([own, stale]), encoding="utf-8")
+    arena = Arena([listed, old])
+    url = await nursery.start(serve_arena, arena)
+    # What is left out of service is still updated.
+    config = write_config(tmp_path, {"models": {"include": ["none*"]}})
+    arguments = ("--update-models", "--config", str(config), "--port", "0", "--bridge-port", "0")
+    with Terminal(tmp_path, *arguments) as terminal:
+        _, bridge_url = await terminal.addresses()
+        await terminal.shows("Waiting for the page's model list")
+        await open_page(nursery, url, bridge_url)
+        assert await terminal.exit_code() == 0
+        output = terminal.output
+    assert json.loads(path.read_text(encoding="utf-8")) == [own, listed, old]
+    assert re.search(rf"changed +{CLAUDE} .*: capabilities, ours", output)
+    assert re.search(rf"new +{DEEPSEEK} ", output)
+    assert GPT not in output
+    assert "2 of 3 models" in output
+    assert arena.record == []
+
+
+async def test_update_models_leaves_the_file_alone_when_nothing_changed_or_it_is_interrupted(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    write_models(tmp_path, (CLAUDE, DEEPSEEK))
+    path = tmp_path / "models.json"
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    url = await nursery.start(serve_arena, Arena(pick_models([CLAUDE])))
+    config = write_config(tmp_path, {})
+    arguments = ("--update-models", "--config", str(config), "--port", "0", "--bridge-port", "0")
+    with Terminal(tmp_path, *arguments) as terminal:
+        await terminal.shows("Waiting for the page's model list")
+        terminal.press("ctrl-c")
+        assert await terminal.exit_code() == 0
+    with Terminal(tmp_path, *arguments) as terminal:
+        _, bridge_url = await terminal.addresses()
+        await open_page(nursery, url, bridge_url)
+        await terminal.shows("0 of 2 models")
+        assert await terminal.exit_code() == 0
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_the_built_in_list_is_written_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "models.json"
+    lmarena_proxy.write_models(path, json.loads((ROOT / "models.json").read_bytes()))
+    assert path.read_bytes() == (ROOT / "models.json").read_bytes()
 
 
 # ── The demo ────────────────────────────────────────────────────────────────────────────────────────────────
