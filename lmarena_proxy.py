@@ -919,8 +919,21 @@ class FunctionCall(msgspec.Struct):
     arguments: str = ""
 
 
+class CustomCall(msgspec.Struct):
+    name: str = ""
+    input: str = ""
+
+
 class ToolCall(msgspec.Struct):
     function: FunctionCall | None = None
+    custom: CustomCall | None = None
+
+    @property
+    def text(self) -> str:
+        """The call as the site's models can read it."""
+        if self.custom:
+            return f"[called {self.custom.name}({self.custom.input})]"
+        return f"[called {self.function.name}({self.function.arguments})]" if self.function else ""
 
 
 class ChatMessage(msgspec.Struct):
@@ -1177,8 +1190,8 @@ def _read_message(message: ChatMessage, path: str) -> Message:
                 texts.append(text if role == "system" else _take_images_out(text, attachments))
             case attachment:
                 attachments.append(attachment)
-    calls = [message.function_call, *(call.function for call in message.tool_calls or ())]
-    texts += [f"[called {call.name}({call.arguments})]" for call in calls if call]
+    calls = [ToolCall(message.function_call), *(message.tool_calls or ())]
+    texts += [call.text for call in calls]
     return Message(role, "\n\n".join(filter(None, texts)), tuple(attachments))
 
 
@@ -3522,7 +3535,7 @@ class Attempt:
             if events:
                 lease.first_byte_at = lease.first_byte_at or trio.current_time()
                 if not await sink.deliver(events):
-                    return last if isinstance(last, Finish) else None
+                    return last if isinstance(last, Finish) and last.reason != "error" else None
             if last is not None:
                 finish = self._judge_end(last)
                 await _read_rest(exchange)
@@ -4284,8 +4297,9 @@ class StreamedReply(Reply):
         self._filled, self._emptied = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         self._written = trio.Event()
         self._put_at = trio.current_time()
-        # Which answers the client has something of.
+        # Which answers the client has something of, and which are still to come to their end.
         self._begun: set[int] = set()
+        self._open = dict.fromkeys(range(asked.n))
         # Whether there is a status, and whether there is all of the reply.
         self._is_committed = self._is_complete = False
 
@@ -4312,7 +4326,8 @@ class StreamedReply(Reply):
 
     def _keepalive(self) -> bytes:
         # Some watchdogs count chunks and not comments; some naive clients choke on comments.
-        chunk = self._encoders[0].delta(Delta(content=""))
+        index = next(iter(self._open), 0)
+        chunk = self._encoders[index].delta(Delta(content=""))
         return {"chunk": chunk, "comment": SSE_COMMENT, "off": b""}[self._settings.keepalive]
 
     def _put(self, data: bytes, *, is_last: bool = False) -> None:
@@ -4355,6 +4370,7 @@ class StreamedReply(Reply):
 
     def close(self, index: int, answer: Answer) -> None:
         self._begun.add(index)
+        del self._open[index]
         self._put(self._encoders[index].finish(answer.finish_reason))
 
     async def finish(self, answers: Sequence[Answer]) -> None:

@@ -376,7 +376,10 @@ def call(name: str, arguments: str) -> dict[str, Any]:
         ({"tool_calls": [call("f", "1"), call("g", "2")]}, "[called f(1)]\n\n[called g(2)]"),
         ({"function_call": {"name": "f", "arguments": "{}"}}, "[called f({})]"),
         # A call of another kind than a function's has nothing to show.
-        ({"content": "x", "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "c"}}]}, "x"),
+        (
+            {"content": "x", "tool_calls": [{"type": "custom", "custom": {"name": "c", "input": "in"}}]},
+            "x\n\n[called c(in)]",
+        ),
         ({"content": "x", "tool_calls": [], "function_call": None}, "x"),
         ({"content": "x", "tool_calls": None}, "x"),
     ],
