@@ -85,11 +85,14 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 import hypercorn.config
-import hypercorn.trio
 import msgspec
 import trio
 import trio_websocket
-from quart import Response, has_request_context, request, send_file
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState
+from quart import Response, has_request_context, request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from rich.console import Console as RichConsole
@@ -282,6 +285,11 @@ class MediaConfig(Section, frozen=True):
     allowed_networks: tuple[str, ...] = ()
 
 
+class LimitsConfig(Section, frozen=True):
+    connections: Count = 2000
+    answer_mb: Count = 64
+
+
 class StorageConfig(Section, frozen=True):
     path: str = "state"
 
@@ -303,6 +311,7 @@ class Config(Section, frozen=True):
     bootstrap: BootstrapConfig = BootstrapConfig()
     requests: RequestsConfig = RequestsConfig()
     media: MediaConfig = MediaConfig()
+    limits: LimitsConfig = LimitsConfig()
     storage: StorageConfig = StorageConfig()
     log: LogConfig = LogConfig()
 
@@ -947,6 +956,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+ModelName = Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
 AnswerCount = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 TokenLimit = Annotated[int, msgspec.Meta(ge=1)]
 StopString = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -955,8 +965,8 @@ StopString = Annotated[str, msgspec.Meta(max_length=1000)]
 class ChatBody(msgspec.Struct):
     """The body of POST /v1/chat/completions, as far as it has an effect. Unknown parameters are ignored."""
 
-    model: Annotated[str, msgspec.Meta(min_length=1)]
-    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
+    model: ModelName
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=10_000)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: AnswerCount | None = None
@@ -968,7 +978,7 @@ class ChatBody(msgspec.Struct):
 class ImageBody(msgspec.Struct):
     """The body of POST /v1/images/generations and, but for its files, of POST /v1/images/edits."""
 
-    model: Annotated[str, msgspec.Meta(min_length=1)]
+    model: ModelName
     prompt: Annotated[str, msgspec.Meta(min_length=1)]
     n: AnswerCount | None = None
     response_format: Literal["url", "b64_json"] | None = None
@@ -1081,10 +1091,12 @@ _FENCE_OR_IMAGE = re.compile(
     r"(?P<fence>(?m:^)[ \t>]{0,12}(?P<mark>`{3,}(?=[^`\n]*(?:\n|\Z))|~{3,}).*?"
     r"(?:\n[ \t>]{0,12}(?P=mark)[`~]*[ \t]*(?=\n|\Z)|\Z))"
     r"|(?P<open>!\[[^\]\n]{0,500}\]\([ \n]{0,9}<?)?"
-    r"(?P<url>data:image/[\w.+-]+(?:;[\w.=+-]{1,80}){0,5};base64,[A-Za-z0-9+/]+={0,2})"
+    r"(?P<url>data:image/[\w.+-]+(?:;[\w.=+-]{1,80}){0,5};base64,[A-Za-z0-9+/]++={0,2}+)"
     r"""(?(open)>?(?:[ \n](?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?[ \n]{0,9}\))""",
     re.DOTALL,
 )
+# More than any model takes; what a request may make the program fetch, at most.
+MAX_IMAGES = 64
 _ROLES: dict[str, Any] = {"developer": "system", "system": "system", "assistant": "assistant"}
 # By the first bytes of a file: what the site or a client may be sent.
 _MEDIA_TYPES = (
@@ -1166,7 +1178,7 @@ def _take_images_out(text: str, attachments: list[Attachment]) -> str:
     before = len(attachments)
 
     def take_out(match: re.Match[str]) -> str:
-        if match["fence"] is None:
+        if match["fence"] is None and len(attachments) <= MAX_IMAGES:
             try:
                 attachments.append(_read_image(match["url"], ""))
             except ClientError:
@@ -1185,6 +1197,8 @@ def _read_message(message: ChatMessage, path: str) -> Message:
     attachments: list[Attachment] = []
     parts = [message.content] if isinstance(message.content, str) else message.content or ()
     for place, part in enumerate(parts):
+        if len(attachments) > MAX_IMAGES:
+            break
         match _read_part(part, f"{path}[{place}]"):
             case str(text):
                 texts.append(text if role == "system" else _take_images_out(text, attachments))
@@ -1198,7 +1212,12 @@ def _read_message(message: ChatMessage, path: str) -> Message:
 def _read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
     """A conversation in the site's terms, and each message's path."""
     paths = [f"messages[{index}].content" for index in range(len(messages))]
-    read = [_read_message(message, path) for message, path in zip(messages, paths, strict=True)]
+    read, images = [], 0
+    for message, path in zip(messages, paths, strict=True):
+        read.append(_read_message(message, path))
+        images += len(read[-1].attachments)
+        if images > MAX_IMAGES:
+            raise ClientError(f"{path}: a request takes up to {MAX_IMAGES} images.", param=path)
     if read[-1].role != "user":
         # The site answers a user's message; after any other an empty one follows.
         read.append(Message("user", ""))
@@ -1249,7 +1268,8 @@ def read_image_edit(body: bytes, content_type: str) -> AnswerRequest:
     mimetype, options = parse_options_header(content_type)
     if mimetype.lower() != "multipart/form-data":
         raise ClientError(f"Expected a body of multipart/form-data, but got {mimetype or 'no type'}.")
-    parser = FormDataParser(lambda *_, **__: io.BytesIO(), max_form_memory_size=None, silent=False)
+    bounds: dict[str, Any] = {"max_form_memory_size": None, "max_form_parts": 1000}
+    parser = FormDataParser(lambda *_, **__: io.BytesIO(), silent=False, **bounds)
     try:
         _, form, files = parser.parse(io.BytesIO(body), "multipart/form-data", len(body), options)
     except (ValueError, HTTPException) as error:
@@ -2216,6 +2236,8 @@ def is_public(address: str, allowed: Iterable[str] = ()) -> bool:
     """Whether an IP address is one of the public internet, or in one of the networks allowed beside."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
+        if ip.is_site_local:
+            return False
         ip = ip.ipv4_mapped or ip.sixtofour or ip
     if any(ip in ipaddress.ip_network(network) for network in allowed):
         return True
@@ -2226,11 +2248,15 @@ class PublicTransport(httpx.AsyncHTTPTransport):
     """Connects to public addresses only, whatever names resolve to and wherever redirects lead."""
 
     def __init__(self, allowed_networks: Sequence[str], site_origins: Set[str], tls: ssl.SSLContext) -> None:
-        super().__init__(verify=tls)
+        # No connection serves a second request: the pool would know it by its address, and so hand it on to
+        # another name at that address, whose certificate nobody has seen.
+        super().__init__(verify=tls, limits=httpx.Limits(max_keepalive_connections=0))
         self._allowed_networks, self._site_origins = allowed_networks, site_origins
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
+        if url.scheme not in ("http", "https"):
+            raise httpx.UnsupportedProtocol(f"{url.scheme}: is not fetched from")
         if f"{url.scheme}://{url.netloc.decode()}" in self._site_origins:
             return await super().handle_async_request(request)
         host = url.raw_host.decode()
@@ -2273,7 +2299,7 @@ class MediaFiles:
     """Fetches images and videos, and keeps those of answers where that is set."""
 
     PATH = "/media/"
-    MAX_REDIRECTS = 5
+    FETCHES, MAX_REDIRECTS = 8, 5
     _ENDINGS: ClassVar = {
         "image/png": "png",
         "image/jpeg": "jpg",
@@ -2283,22 +2309,28 @@ class MediaFiles:
         "video/mp4": "mp4",
         "video/webm": "webm",
     }
+    _TYPES: ClassVar = {ending: kind for kind, ending in _ENDINGS.items()}
     NAME = re.compile(rf"[0-9a-f]{{32}}\.({'|'.join(_ENDINGS.values())})")
 
     def __init__(self, config: MediaConfig, directory: Path) -> None:
         self.directory = directory
         self.site_origins: set[str] = set()
         self._config = config
+        self._fetching = trio.CapacityLimiter(self.FETCHES)
+        self._writing = threading.Lock()
 
     async def fetch(self, url: str, limit_mb: int) -> tuple[str, bytes]:
         """The content type and the bytes of an image or video at an address. Raises FetchFailed."""
         seconds = self._config.timeout_seconds
-        with trio.move_on_after(seconds) as patience:
-            try:
-                kept = self.path_of(urlsplit(url).path.removeprefix(self.PATH))
-                data = await trio.Path(kept).read_bytes() if kept else await self._get(url, limit_mb)
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-                raise FetchFailed(str(error) or type(error).__name__) from None
+        async with self._fetching:
+            with trio.move_on_after(seconds) as patience:
+                try:
+                    # Under the hash of its content, whatever host the address names.
+                    kept = self.path_of(urlsplit(url).path.removeprefix(self.PATH))
+                    data = await trio.Path(kept).read_bytes() if kept else await self._get(url, limit_mb)
+                except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, OverflowError) as error:
+                    reason = str(error) or str(error.__cause__ or type(error).__name__)
+                    raise FetchFailed(reason.rstrip(".")) from None
         if patience.cancelled_caught:
             raise FetchFailed(f"it did not arrive within {seconds:g} s (media.timeout_seconds)")
         kind = media_type(data)
@@ -2307,27 +2339,33 @@ class MediaFiles:
         return kind, data
 
     async def _get(self, url: str, limit_mb: int) -> bytes:
-        too_large = FetchFailed(f"it has more than {limit_mb} MiB", is_too_large=True)
-        data = bytearray()
         tls = await trio.to_thread.run_sync(_tls)
         transport = PublicTransport(self._config.allowed_networks, self.site_origins, tls)
-        async with (
-            httpx.AsyncClient(
-                transport=transport,
-                follow_redirects=True,
-                max_redirects=self.MAX_REDIRECTS,
-                timeout=self._config.timeout_seconds,
-                headers={"user-agent": f"lmarena_proxy/{VERSION}", "accept-encoding": "identity"},
-            ) as client,
-            client.stream("GET", url) as response,
-        ):
-            if response.status_code != 200:
-                raise FetchFailed(f"its server answered {response.status_code}")
-            # As it comes over the wire: unpacked, a little could become very much.
-            async for piece in response.aiter_raw():
-                data += piece
-                if len(data) > limit_mb << 20:
-                    raise too_large
+        headers = {"user-agent": f"lmarena_proxy/{VERSION}", "accept-encoding": "identity"}
+        timeout = self._config.timeout_seconds
+        async with httpx.AsyncClient(transport=transport, timeout=timeout, headers=headers) as client:
+            request: httpx.Request | None = client.build_request("GET", url)
+            for _ in range(1 + self.MAX_REDIRECTS):
+                assert request
+                response = await client.send(request, stream=True)
+                try:
+                    # By hand, since httpx would read a redirect's body, without end if it has none.
+                    request = response.next_request
+                    if request is None:
+                        return await self._read(response, limit_mb)
+                finally:
+                    await response.aclose()
+        raise FetchFailed(f"its server redirects more than {self.MAX_REDIRECTS} times")
+
+    async def _read(self, response: httpx.Response, limit_mb: int) -> bytes:
+        """The body as it comes over the wire: unpacked, a little could become very much."""
+        if response.status_code != 200:
+            raise FetchFailed(f"its server answered {response.status_code}")
+        data = bytearray()
+        async for piece in response.aiter_raw():
+            data += piece
+            if len(data) > limit_mb << 20:
+                raise FetchFailed(f"it has more than {limit_mb} MiB", is_too_large=True)
         return bytes(data)
 
     async def attach_all(self, asked: AnswerRequest, limit_mb: int) -> list[Message]:
@@ -2387,23 +2425,35 @@ class MediaFiles:
 
     def _write(self, kind: str, data: bytes) -> str:
         name = f"{hashlib.sha256(data).hexdigest()[:32]}.{self._ENDINGS[kind]}"
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, self.directory / name)
-        self._make_room(name)
+        with self._writing:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.directory) as place:
+                file = Path(place) / name
+                file.touch(mode=0o600)
+                file.write_bytes(data)
+                os.replace(file, self.directory / name)
+            self._make_room(name)
         return name
 
     def _make_room(self, newest: str) -> None:
         """Delete the oldest files beyond `media.max_total_mb`; never the one that was just written."""
-        files = [(path.stat().st_mtime, path.stat().st_size, path) for path in self.directory.iterdir()]
+        paths = [path for path in self.directory.iterdir() if self.NAME.fullmatch(path.name)]
+        files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in paths)
         total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+        for _, size, path in files:
             if total <= self._config.max_total_mb << 20:
                 break
             if path.name != newest:
                 path.unlink(missing_ok=True)
                 total -= size
+
+    async def read(self, name: str) -> tuple[str, bytes] | None:
+        """The content type and the bytes of what is kept under a name, if something is."""
+        path = self.path_of(name)
+        try:
+            return (self._TYPES[path.suffix[1:]], await trio.Path(path).read_bytes()) if path else None
+        except FileNotFoundError:
+            return None  # It has just made room.
 
 
 # ==========================================================================================================
@@ -2453,6 +2503,9 @@ class ModelPool:
         self.model, self.target = model, target
         self.sessions: dict[str, Session] = {}
         self.limiter = trio.CapacityLimiter(target)
+        # Those that have a token, and those that wait for one.
+        self.leases: set[Lease] = set()
+        self.waiters: set[Lease] = set()
         self._idle: deque[Session] = deque()
 
     def __repr__(self) -> str:
@@ -2486,8 +2539,30 @@ class ModelPool:
         """Add a session, idle; one that is known keeps its place and takes the message id."""
         known = self.sessions.setdefault(session.session_id, session)
         known.message_id = session.message_id
-        if known is session:
-            self._idle.append(session)
+        if known is not session:
+            return
+        for lease in self.leases:
+            if lease.session and lease.session.session_id == session.session_id:
+                lease.session = session  # Retired and captured anew while it is being used.
+                return
+        self._idle.append(session)
+
+    def violations(self) -> list[str]:
+        """What must hold and does not: for tests, and for a debug run after every event."""
+        held = [lease.session.session_id for lease in self.leases if lease.session]
+        idle = [session.session_id for session in self._idle]
+        must_hold = {
+            "each borrowed token is a lease's": self.limiter.borrowed_tokens == len(self.leases),
+            "no more tokens are borrowed than there are": len(self.leases) <= self.limiter.total_tokens
+            or self.limiter.available_tokens <= 0,
+            "each waiter is a request's": self.waiting == len(self.waiters),
+            "no session is idle or held twice": len({*held, *idle}) == len(held) + len(idle),
+            "each session is idle or held": self.sessions.keys() <= {*held, *idle},
+            "each idle session is the pool's": self.sessions.keys() >= {*idle},
+        }
+        return [
+            f"{self.model.name}: not true that {claim}" for claim, holds in must_hold.items() if not holds
+        ]
 
     def take(self, lease: Lease, accounts: Iterable[str]) -> Session | None:
         """Lend the longest idle session that one of these accounts may use, if there is one."""
@@ -2565,16 +2640,24 @@ class SessionPool:
 
     async def acquire(self, lease: Lease) -> None:
         """Wait for a token, first come first served."""
-        await self.of(lease.model.id).limiter.acquire_on_behalf_of(lease)
+        pool = self.of(lease.model.id)
+        pool.waiters.add(lease)
+        try:
+            await pool.limiter.acquire_on_behalf_of(lease)
+        finally:
+            pool.waiters.discard(lease)
         lease.has_token = True
+        pool.leases.add(lease)
 
     def acquire_nowait(self, lease: Lease) -> bool:
         """Take a token if there is one that nobody waits for."""
+        pool = self.of(lease.model.id)
         try:
-            self.of(lease.model.id).limiter.acquire_on_behalf_of_nowait(lease)
+            pool.limiter.acquire_on_behalf_of_nowait(lease)
         except trio.WouldBlock:
             return False
         lease.has_token = True
+        pool.leases.add(lease)
         return True
 
     def take(self, lease: Lease, accounts: Iterable[str]) -> Session | None:
@@ -2589,6 +2672,7 @@ class SessionPool:
         pool.give_back(lease)
         if lease.has_token:
             lease.has_token = False
+            pool.leases.discard(lease)
             pool.limiter.release_on_behalf_of(lease)
 
     async def add(self, session: Session) -> None:
@@ -2638,6 +2722,10 @@ class SessionPool:
         pool.resize(self._accounts)
         self._store.remove(session)
         self._bus.publish(SessionRetired(pool.model.name, session.session_id, reason))
+
+    def violations(self) -> list[str]:
+        """What must hold of each pool and does not."""
+        return [each for pool in self._pools.values() for each in pool.violations()]
 
     def snapshot(self) -> list[dict[str, object]]:
         """The `pool` part of /api/state."""
@@ -4118,6 +4206,7 @@ class Bootstrap:
 ASGIReceive = Callable[[], Awaitable[Any]]
 ASGISend = Callable[[Any], Awaitable[None]]
 BODY_TIMEOUT_SECONDS = 60
+DRAIN_SECONDS, DRAIN_BYTES = 5, 256 << 20
 
 
 class ClientLeft(Exception):
@@ -4135,22 +4224,47 @@ class HttpRequest:
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
         self.client: tuple[str, int] | None = scope.get("client")
-        self.receive = receive
         self.has_started = False
         self.has_ended = False
-        self._send = send
+        self._receive, self._send = receive, send
+        self._has_whole_body = False
         # Sent with every response to this request, whoever renders it.
         self.extra_headers: dict[str, str] = {"x-request-id": self.id}
+
+    async def receive(self) -> Any:
+        """An ASGI receive that knows where the body ends, and tells nothing after the answer's end.
+
+        Hypercorn may close the connection within the last send, and would end the request within that.
+        """
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and self.has_ended:
+            await trio.sleep_forever()
+        if message["type"] != "http.request" or not message.get("more_body"):
+            self._has_whole_body = True
+        return message
 
     async def send(self, message: Any) -> None:
         """An ASGI send that adds the headers every response has."""
         if message["type"] == "http.response.start":
             self.has_started = True
+            await self._drain()
             extra = [(name.encode(), value.encode("latin-1")) for name, value in self.extra_headers.items()]
             message = {**message, "headers": [*message["headers"], *extra]}
         elif not message.get("more_body"):
             self.has_ended = True
         await self._send(message)
+
+    async def _drain(self) -> None:
+        """Read away what is left of the body: a client that is still sending would not see an early answer.
+
+        Where that takes too long the connection ends with the answer.
+        """
+        size = 0
+        with trio.move_on_after(DRAIN_SECONDS):
+            while not self._has_whole_body and size < DRAIN_BYTES:
+                size += len((await self.receive()).get("body", b""))
+        if not self._has_whole_body:
+            self.extra_headers["connection"] = "close"
 
     async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
@@ -4678,6 +4792,13 @@ class ApiApp(QuartTrio):
 
     admission: Admission
     answers: Answers
+    max_body_bytes: int
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # This port has none: a 403.
+        else:
+            await super().__call__(scope, receive, send)
 
 
 class ApiConnection(TrioASGIHTTPConnection):
@@ -4688,6 +4809,8 @@ class ApiConnection(TrioASGIHTTPConnection):
     async def __call__(self, receive: Any, send: Any) -> None:
         http = HttpRequest(self.scope, receive, send)
         try:
+            if not http.path.startswith("/"):
+                raise ClientError(f"Expected a path, but got {http.path[:200]!r}.")
             self.app.admission.check(http)
             if http.method == "OPTIONS":
                 await http.respond(204, b"", self.app.admission.preflight(http))
@@ -4698,11 +4821,71 @@ class ApiConnection(TrioASGIHTTPConnection):
                 await self.app.answers.answer(http)
             else:
                 self.scope["lmarena_proxy.request"] = http  # type: ignore[typeddict-unknown-key]
-                await super().__call__(receive, http.send)
+                await super().__call__(await self._read_ahead(http), http.send)
         except ApiError as error:
             await http.respond_error(error)
         except ClientLeft:
             log.debug("%s: the client left", http.id)
+
+    async def _read_ahead(self, http: HttpRequest) -> ASGIReceive:
+        """The receive of a request whose body is there: Quart may answer without reading it."""
+        body: Any = {"type": "http.request", "body": await http.read_body(self.app.max_body_bytes)}
+
+        async def receive() -> Any:
+            nonlocal body
+            message, body = body, None
+            return message or await http.receive()
+
+        return receive
+
+
+class HttpListener:
+    """Takes connections: so many at most, and whatever breaks in one breaks nothing else."""
+
+    def __init__(self, app: ApiApp, config: ServerConfig, limit: int) -> None:
+        self._app, self._limit = ASGIWrapper(app), limit
+        self._host, self._port = config.host, config.port
+        self._connections = 0
+        self._context = WorkerContext(None)
+        self._settings = settings = hypercorn.config.Config()
+        settings.keep_alive_timeout = 75
+        settings.keep_alive_max_requests = sys.maxsize  # Else the 1000th answer says "Connection: close".
+        settings.h11_max_incomplete_size = 1 << 16
+        settings.include_server_header = False
+        settings.errorlog = logging.getLogger("lmarena_proxy.http")
+        settings.errorlog.setLevel(logging.WARNING)
+
+    async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
+        """Listen; `started` with the URL. Raises OSError when the port cannot be had."""
+        async with trio.open_nursery() as nursery:
+            listeners = await trio.open_tcp_listeners(self._port, host=self._host, backlog=1024)
+            await nursery.start(trio.serve_listeners, self._accept, listeners)
+            host, port = listeners[0].socket.getsockname()[:2]
+            task_status.started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        """One connection, Hypercorn's from here on."""
+        self._connections += 1
+        try:
+            if self._connections > self._limit:
+                await self._refuse(stream)
+            else:
+                await TCPServer(self._app, self._settings, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
+        except Exception as error:
+            # What the protocol's libraries do not expect of a client's bytes ends that client's connection.
+            log.warning("A client's connection broke: %r", next(leaves(error)))
+        finally:
+            self._connections -= 1
+            await trio.aclose_forcefully(stream)
+
+    async def _refuse(self, stream: trio.SocketStream) -> None:
+        error = BridgeError(f"More than {self._limit} connections (limits.connections).", code="overloaded")
+        body = encode_error(error, f"req_{uuid.uuid4().hex}")
+        head = "HTTP/1.1 503 Service Unavailable", "content-type: application/json", "connection: close"
+        lines = [*head, "retry-after: 5", f"content-length: {len(body)}", "", ""]
+        with trio.move_on_after(1):
+            await stream.send_all("\r\n".join(lines).encode() + body)
+            await stream.send_eof()
 
 
 def _json(value: object, status: int = 200) -> Response:
@@ -4730,28 +4913,16 @@ class Api:
 
     async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen for clients; `started` with the URL. Raises OSError when the port cannot be had."""
-        server = hypercorn.config.Config()
-        host = (
-            f"[{self._config.server.host}]" if ":" in self._config.server.host else self._config.server.host
-        )
-        server.bind = [f"{host}:{self._config.server.port}"]
-        server.backlog = 1024
-        server.keep_alive_timeout = 75
-        server.keep_alive_max_requests = sys.maxsize  # Else the 1000th answer says "Connection: close".
-        server.graceful_timeout = 1
-        server.h11_max_incomplete_size = 1 << 16
-        server.include_server_header = False
-        server.errorlog = logging.getLogger("lmarena_proxy.http")
-        server.errorlog.setLevel(logging.WARNING)
+        listener = HttpListener(self._app, self._config.server, self._config.limits.connections)
         async with trio.open_nursery() as nursery:
-            [url] = await nursery.start(hypercorn.trio.serve, self._app, server)
-            self.url = url
-            task_status.started(url)
+            self.url = await nursery.start(listener.serve)
+            task_status.started(self.url)
 
     def _build(self) -> ApiApp:
         app = ApiApp("lmarena_proxy", static_folder=None)
         app.asgi_http_class = ApiConnection
         app.admission, app.answers = Admission(self._config.server), self._answers
+        app.max_body_bytes = self._config.server.max_body_mb << 20
         # Quart's own limits end a stream silently after 60 s, and cap bodies at 16 MB.
         app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=self._config.server.max_body_mb << 20)
         app.errorhandler(Exception)(self._tell_error)
@@ -4849,12 +5020,28 @@ class Api:
         return _json(self._describe(name))
 
     async def _media_file(self, name: str) -> Response:
-        path = self._media.path_of(name)
-        if path is None:
+        found = await self._media.read(name)
+        if found is None:
             raise ClientError(f"There is no {request.path}.", status=404, code="not_found")
-        response = await send_file(path, conditional=True, cache_timeout=86_400)
-        response.headers["x-content-type-options"] = "nosniff"
-        return response
+        kind, data = found
+        # A name is the hash of its content, which so never changes.
+        headers = {
+            "accept-ranges": "bytes",
+            "cache-control": "public, max-age=31536000, immutable",
+            "etag": f'"{name}"',
+            "x-content-type-options": "nosniff",
+        }
+        if request.if_none_match.contains(name):
+            return Response(status=304, headers=headers)
+        wanted = request.range
+        if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
+            return Response(data, content_type=kind, headers=headers)
+        span = wanted.range_for_length(len(data))
+        if span is None:
+            message = f"{request.path} has {len(data)} bytes."
+            raise ClientError(message, status=416, code="range_not_satisfiable")
+        headers["content-range"] = f"bytes {span[0]}-{span[1] - 1}/{len(data)}"
+        return Response(data[slice(*span)], 206, headers, content_type=kind)
 
     async def _state(self) -> Response:
         return _json(
