@@ -46,6 +46,7 @@ import argparse
 import base64
 import bisect
 import difflib
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -2052,21 +2053,40 @@ class JsonLines(logging.Formatter):
         return msgspec.json.encode(line, enc_hook=str).decode()
 
 
-def open_log(config: LogConfig, directory: Path) -> None:
-    """Write the log to a rotating file. Raises ConfigError when the directory cannot be written to."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = logging.handlers.RotatingFileHandler(
-            directory / "lmarena_proxy.jsonl", maxBytes=10 << 20, backupCount=5, encoding="utf-8"
-        )
-    except OSError as error:
-        raise ConfigError(
-            "log.directory", str(directory), f"a directory that can be written to ({error})"
-        ) from None
-    file.setFormatter(JsonLines())
+class LogFile(logging.handlers.RotatingFileHandler):
+    """The log's file: nobody else's to read, and its trouble (a full disk) is told once and ends nothing."""
+
+    trouble: BaseException | None = None
+
+    def _open(self) -> Any:
+        opener = functools.partial(os.open, mode=0o600)
+        return open(self.baseFilename, self.mode, encoding="utf-8", opener=opener)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before, self.trouble = self.trouble, None
+        super().emit(record)
+        if self.trouble and not before:
+            sys.stderr.write(f"The log {self.baseFilename} cannot be written: {self.trouble}\n")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.trouble = sys.exception()
+
+
+def open_log(config: LogConfig, directory: Path) -> str:
+    """Write the log to a rotating file; returns why the disk does not take it, if so. Raises ConfigError."""
     log.setLevel(config.level)
-    log.addHandler(file)
     log.propagate = False
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = LogFile(directory / "lmarena_proxy.jsonl", maxBytes=10 << 20, backupCount=5)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            wanted = f"a directory that can be written to ({error})"
+            raise ConfigError("log.directory", str(directory), wanted) from None
+        return f"There is no log: log.directory = {str(directory)!r} cannot be written to ({error})."
+    file.setFormatter(JsonLines())
+    log.addHandler(file)
+    return ""
 
 
 # ==========================================================================================================
@@ -2122,23 +2142,58 @@ class _Write:
 class Store:
     """The sessions and the request log on disk. `run` must be running for `save` to return."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open or create the store. Raises ConfigError when it cannot be used."""
+    def __init__(self, directory: Path, *, may_replace: bool = True) -> None:
+        """Open or create the store. Raises ConfigError when it cannot be used.
+
+        `may_replace`: one that is damaged is moved aside, and a new one begun.
+        """
         self.path = directory / "lmarena_proxy.sqlite3"
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(self.path, timeout=10, check_same_thread=False)
-            self._connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
-            [version] = self._connection.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                self._connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                self._connection = self._open()
+            except sqlite3.DatabaseError as error:
+                if not (may_replace and self._is_damage(error)):
+                    raise
+                self._move_aside(error)
+                self._connection = self._open()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError("storage.path", str(self.path), f"a store that can be used ({error})") from None
+        [version] = self._connection.execute("PRAGMA user_version").fetchone()
         if version > 1:
             raise ConfigError(
                 "storage.path", str(self.path), f"a store of version 1, but it has version {version}"
             )
         self._queue, self._writes = trio.open_memory_channel[_Write](math.inf)
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the file, or make it; also reads all sessions, where damage would cost the most."""
+        # Conversations are nobody else's business. SQLite gives its other files the same mode.
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        self.path.chmod(0o600)
+        connection = sqlite3.connect(self.path, timeout=10, check_same_thread=False)
+        try:
+            connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            [version] = connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            connection.execute("SELECT * FROM sessions").fetchall()
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _is_damage(self, error: sqlite3.DatabaseError) -> bool:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+    def _move_aside(self, error: sqlite3.DatabaseError) -> None:
+        aside = self.path.with_name(f"{self.path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S-%f}")
+        for ending in ("-wal", "-shm", ""):
+            part = self.path.with_name(self.path.name + ending)
+            if part.exists():
+                os.replace(part, aside.with_name(aside.name + ending))
+        log.error("The store is damaged (%s): it is now %s, and a new one has begun.", error, aside)
 
     def sessions(self) -> list[Session]:
         """All stored sessions, oldest first. For use before `run`."""
@@ -2551,11 +2606,11 @@ class ModelPool:
         """What must hold and does not: for tests, and for a debug run after every event."""
         held = [lease.session.session_id for lease in self.leases if lease.session]
         idle = [session.session_id for session in self._idle]
+        # A token that is handed to a waiter is borrowed before that one's task has run.
+        tokens, claimed = self.limiter.borrowed_tokens, len(self.leases) + len(self.waiters)
         must_hold = {
-            "each borrowed token is a lease's": self.limiter.borrowed_tokens == len(self.leases),
-            "no more tokens are borrowed than there are": len(self.leases) <= self.limiter.total_tokens
-            or self.limiter.available_tokens <= 0,
-            "each waiter is a request's": self.waiting == len(self.waiters),
+            "each borrowed token is a request's": len(self.leases) <= tokens <= claimed,
+            "each waiter is a request's": self.waiting <= len(self.waiters),
             "no session is idle or held twice": len({*held, *idle}) == len(held) + len(idle),
             "each session is idle or held": self.sessions.keys() <= {*held, *idle},
             "each idle session is the pool's": self.sessions.keys() >= {*idle},
@@ -2991,31 +3046,42 @@ class RateLimitGate:
     """One per account: a 429 closes it for everyone.
 
     When its time is over it lets one request through as a probe; the others follow when the site took it.
-    Without a Retry-After it stays closed for 5 s, doubling to 5 min.
+    Without a Retry-After it stays closed for 5 s, doubling to 5 min. Each closing halves the pace at which
+    requests went out before it; each request that the site takes raises it by a tenth, until it is free.
     """
 
     FIRST_SECONDS, LAST_SECONDS = 5.0, 300.0
+    # In requests a second: what is never gone below, and above what there is no more to hold back.
+    SLOWEST, FREE = 1.0, 20.0
+    # How far back the pace is looked for.
+    MEASURED_SECONDS = 10.0
 
     def __init__(self) -> None:
-        self._opens_at = -math.inf
+        self._opens_at = self._next_at = -math.inf
         self._refusals = 0
         self._probe: Lease | None = None
         self._changed = trio.Event()
+        self._starts: deque[float] = deque(maxlen=500)
+        self.pace = math.inf
 
     def __repr__(self) -> str:
         return f"<RateLimitGate: {'open' if self.is_open else f'closed for {self.seconds:.1f} s'}>"
 
     @property
     def is_open(self) -> bool:
-        return not self._refusals or (self._probe is None and self.seconds <= 0)
+        return self.seconds <= 0 and (not self._refusals or self._probe is None)
 
     @property
     def seconds(self) -> float:
         """How long it stays closed, at least."""
-        return max(0.0, self._opens_at - trio.current_time())
+        opens_at = max(self._opens_at, self._next_at) if self._refusals else self._next_at
+        return max(0.0, opens_at - trio.current_time())
 
     def enter(self, lease: Lease) -> None:
         """Go through an open gate; the first after a refusal is the probe."""
+        now = trio.current_time()
+        self._starts.append(now)
+        self._next_at = now + 1 / self.pace
         if self._refusals:
             self._probe = lease
 
@@ -3027,20 +3093,27 @@ class RateLimitGate:
 
     def accept(self, lease: Lease) -> None:
         """The site took a request. Only the probe's opens the gate: others were sent before it closed."""
+        self.pace = self.pace * 1.1 if self.pace * 1.1 < self.FREE else math.inf
         if self._probe is lease:
             self._refusals = 0
             self._notify()
 
     def refuse(self, retry_after_seconds: float | None) -> float:
         """The site answered 429. Returns for how many seconds the gate is closed now."""
-        if self.seconds <= 0 or not self._refusals:
+        if not self._refusals or trio.current_time() >= self._opens_at:
             self._refusals += 1
+            self._slow_down()
         doubled = min(self.LAST_SECONDS, self.FIRST_SECONDS * 2 ** min(self._refusals - 1, 10))
         # "At once" is taken for a second: a site that refuses has not meant a tight loop.
         seconds = doubled if retry_after_seconds is None else max(1.0, retry_after_seconds)
         self._opens_at = max(self._opens_at, trio.current_time() + seconds)
         self._notify()
         return self.seconds
+
+    def _slow_down(self) -> None:
+        since = trio.current_time() - self.MEASURED_SECONDS
+        measured = sum(start > since for start in self._starts) / self.MEASURED_SECONDS
+        self.pace = max(self.SLOWEST, min(self.pace, measured) / 2)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -3420,6 +3493,7 @@ class Limits(msgspec.Struct, frozen=True):
     total_seconds: float
     person_wait_seconds: float
     attempts: int
+    answer_bytes: float = math.inf
 
 
 class Sink(Protocol):
@@ -3608,13 +3682,16 @@ class Attempt:
 
         Raises Setback when it ends without a good end.
         """
-        lease, decoder = self._lease, ArenaStreamDecoder()
+        lease, decoder, size = self._lease, ArenaStreamDecoder(), 0
         while True:
             seconds = self._limits.idle_seconds if lease.first_byte_at else self._limits.first_byte_seconds
             with trio.move_on_after(seconds) as patience:
                 data = await exchange.receive()
             if patience.cancelled_caught:
                 raise _timed_out(f"The site fell silent for {seconds:g} s.")
+            size += len(data)
+            if size > self._limits.answer_bytes:
+                raise _failed_late("final", f"The site's answer does not end: it has {size:,} bytes so far.")
             try:
                 events = decoder.feed(data) if data else decoder.finish()
             except StreamError as error:
@@ -4539,10 +4616,18 @@ class Choice:
         self._reply.close(self._index, self.answer)
 
 
+_DATA_PAYLOAD = re.compile(r"(data:[\w.+-]+/[\w.+-]+(?:;[\w.=+-]{1,80}){0,5},)[^\s\"'<>)]{64,}+")
+
+
+def _without_payloads(text: str) -> str:
+    """A text as it may be logged: what data: URLs hold is left out."""
+    return _DATA_PAYLOAD.sub(r"\1...", text) if "data:" in text else text
+
+
 def _for_log(message: Message) -> dict[str, object]:
     # Attachments are data: URLs; only their names are kept.
     names = [attachment.name for attachment in message.attachments]
-    return {"role": message.role, "content": message.content, "attachments": names}
+    return {"role": message.role, "content": _without_payloads(message.content), "attachments": names}
 
 
 class Answers:
@@ -4689,6 +4774,7 @@ class Answers:
             total_seconds=settings.total_timeout_seconds,
             person_wait_seconds=settings.person_wait_seconds,
             attempts=3,
+            answer_bytes=self._config.limits.answer_mb << 20,
         )
 
     def _note_ended(
@@ -4722,7 +4808,9 @@ class Answers:
                 messages=encode_json([*map(_for_log, reply.asked.messages)]).decode()
                 if has_contents
                 else None,
-                answer="\n\n".join(answer.text for answer in answers) if has_contents else None,
+                answer="\n\n".join(_without_payloads(answer.text) for answer in answers)
+                if has_contents
+                else None,
             )
         )
 
@@ -5056,6 +5144,7 @@ class Api:
                     "completed": self._answers.completed,
                     "failed": self._answers.failed,
                 },
+                "violations": self._pool.violations(),
             }
         )
 
@@ -5129,7 +5218,14 @@ class Program:
         self.media = MediaFiles(config.media, directory / config.storage.path / "media")
         self.answers = Answers(config, self.pool, self.relay, self.media, self.bus)
         self.api = Api(config, self.pool, self.bridges, self.bootstrap, self.answers, self.media)
+        if sys.flags.dev_mode:
+            self.bus.subscribe(self.assert_consistent)
         self._scope = trio.CancelScope()
+
+    def assert_consistent(self, event: Event) -> None:
+        """The listener of `python -X dev` and of the tests: what must hold does, after every event."""
+        violations = self.pool.violations()
+        assert not violations, (event, violations)
 
     async def run(self, *, task_status: trio.TaskStatus[Self] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`; `started` once both ports are listened at.
@@ -5251,7 +5347,7 @@ def check(config: Config, directory: Path, console: Console) -> None:
         console.say(
             f"alias          {alias} stands for {config.models.aliases[alias]}, which is none of them"
         )
-    store = Store(directory / config.storage.path)
+    store = Store(directory / config.storage.path, may_replace=False)
     console.say(f"store          {store.path} holds {len(store.sessions())} conversations")
     for key, host, port in (
         ("server.port", config.server.host, config.server.port),
@@ -5346,9 +5442,21 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
         nursery.cancel_scope.cancel()
 
 
+def raise_file_limit() -> None:
+    """Every connection is a file, and many systems allow 1,024 of them until they are asked for more."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
     options = parse_arguments(arguments)
+    raise_file_limit()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # A code page without Chinese must not end the program.
     is_seen = sys.stdout is not None and sys.stdout.isatty()
@@ -5356,7 +5464,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config, directory = configure(options, os.environ)
         console = Console(screen, can_ask=sys.stdin is not None and sys.stdin.isatty())
-        open_log(config.log, directory / config.log.directory)
+        if trouble := open_log(config.log, directory / config.log.directory):
+            console.say(trouble)
         if options.check:
             check(config, directory, console)
             return EXIT_OK

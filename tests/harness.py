@@ -285,6 +285,7 @@ async def start(
     config = lmarena_proxy.parse_config(merge(SMALL, tables or {}))
     program = lmarena_proxy.Program(config, directory, lmarena_proxy.Console(screen, can_ask=False))
     program.bootstrap.is_confirmed = confirmed
+    program.bus.subscribe(program.assert_consistent)
     await nursery.start(program.run)
     rig = Rig(nursery, program, arena, url)
     if connected or filled:

@@ -1050,7 +1050,9 @@ async def test_the_state_has_exactly_the_promised_shape(nursery: trio.Nursery, t
         await until(lambda: rig.pool(CLAUDE).busy == 1 and len(rig.calls) == 1)
         state = await rig.state()
         clients.cancel_scope.cancel()
-    assert set(state) == {"version", "uptime_seconds", "bridges", "bootstrap", "pool", "requests"}
+    promised = {"version", "uptime_seconds", "bridges", "bootstrap", "pool", "requests", "violations"}
+    assert set(state) == promised
+    assert state["violations"] == []
     assert isinstance(state["version"], str)
     assert state["uptime_seconds"] > 0
     [bridge] = state["bridges"]

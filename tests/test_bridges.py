@@ -1,10 +1,12 @@
 """Bridges: real connections of tabs, who may connect, what ends a connection, and the rate limit's gate."""
 
 import json
+import math
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -608,6 +610,7 @@ async def test_a_success_ends_the_doubling(autojump_clock: trio.testing.MockCloc
     gate.accept(a_lease("sent before"))
     assert not gate.is_open
     gate.accept(probe)
+    await trio.sleep(1 / gate.SLOWEST)
     assert gate.is_open
     assert gate.refuse(None) == pytest.approx(5)
 
@@ -665,8 +668,42 @@ async def test_after_the_pause_one_goes_first_and_the_others_when_the_site_took_
             nursery.start_soon(go, str(number))
     times = [at - started for _, at in passed]
     assert times[0] == pytest.approx(5, abs=0.01)
-    assert times[1:] == pytest.approx([7] * 4, abs=0.01)
-    assert gate.is_open
+    assert times[1] == pytest.approx(7, abs=0.01)
+    gaps = [later - earlier for earlier, later in pairwise(times[1:])]
+    assert all(0.5 < gap <= 1 / gate.SLOWEST for gap in gaps), times
+
+
+async def test_a_refusal_halves_the_pace_and_what_the_site_takes_raises_it_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    gate = RateLimitGate()
+
+    async def send(count: int) -> float:
+        """Returns how many went out a second."""
+        started = trio.current_time()
+        for _ in range(count):
+            await gate.wait()
+            gate.enter(lease := a_lease())
+            gate.accept(lease)
+            gate.leave(lease)
+            await trio.sleep(0.1 if gate.pace == math.inf else 0)
+        return count / (trio.current_time() - started)
+
+    assert await send(100) == pytest.approx(10, rel=0.05)
+    gate.refuse(5)
+    gate.refuse(5)  # Of the same herd: counts once.
+    await trio.sleep(gate.seconds)
+    assert gate.pace == pytest.approx(5, rel=0.1)
+    slowed = await send(5)
+    assert slowed < 8
+    faster = await send(10)
+    assert slowed < faster
+    await send(10)
+    assert gate.pace == math.inf
+    for _ in range(20):
+        gate.refuse(1)
+        await trio.sleep(gate.seconds)
+    assert gate.pace == gate.SLOWEST
 
 
 async def test_a_probe_that_ends_without_a_result_makes_place_for_the_next(

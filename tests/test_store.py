@@ -1,5 +1,6 @@
 """Store: what was saved survives, and what cannot be written does not end the program."""
 
+import os
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -149,24 +150,53 @@ async def test_events_that_are_no_request_are_not_written(tmp_path: Path) -> Non
     assert rows(store, "SELECT * FROM requests") == []
 
 
+def moved_aside(directory: Path) -> list[Path]:
+    return [*directory.glob("*.damaged-*")]
+
+
 @pytest.mark.parametrize(
     "content", [b"this is no database, but it is long enough to be read" * 99, b"\0" * 4096]
 )
-def test_a_file_that_is_no_store_is_a_config_error(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "lmarena_proxy.sqlite3").write_bytes(content)
+async def test_a_damaged_store_is_moved_aside_and_a_new_one_begun(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "lmarena_proxy.sqlite3"
+    path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        Store(tmp_path)
+        Store(tmp_path, may_replace=False)  # Looking at it, as --check does, changes nothing.
     assert caught.value.key == "storage.path"
+    assert moved_aside(tmp_path) == []
+    async with running(tmp_path) as store:
+        assert store.sessions() == []
+        assert await store.save(a_session(1))
+    [aside] = moved_aside(tmp_path)
+    assert aside.read_bytes() == content
+    assert str(aside) in caplog.text
+    assert len(Store(tmp_path).sessions()) == 1
 
 
-async def test_a_store_with_broken_pages_is_a_config_error(tmp_path: Path) -> None:
+async def test_a_store_with_broken_pages_is_moved_aside(tmp_path: Path) -> None:
     async with running(tmp_path) as store:
         for number in range(200):
             await store.save(a_session(number))
     content = store.path.read_bytes()
     store.path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
-    with pytest.raises(ConfigError):
-        Store(tmp_path).sessions()
+    assert Store(tmp_path).sessions() == []
+    assert len(moved_aside(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
+async def test_the_store_is_nobody_elses_to_read(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        async with running(tmp_path / "state") as store:
+            await store.save(a_session(1))
+            modes = {path.name: path.stat().st_mode & 0o777 for path in store.path.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert len(modes) == 3
+    assert set(modes.values()) == {0o600}
+    assert store.path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_store_of_a_later_version_is_a_config_error(tmp_path: Path) -> None:
