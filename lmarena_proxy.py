@@ -4980,6 +4980,91 @@ def _json(value: object, status: int = 200) -> Response:
     return Response(encode_json(value), status, content_type="application/json")
 
 
+class BootstrapAction(msgspec.Struct):
+    """The body of POST /api/bootstrap."""
+
+    action: Literal["start", "abort"]
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """What can be asked of a path: its answer and its body by their types, each a struct or a schema."""
+
+    method: str
+    path: str
+    summary: str
+    answer: dict[str, Any]
+    body: dict[str, Any] = {}
+    status: int = 200
+
+
+_JSON, _OBJECT, _FILE = "application/json", {"type": "object"}, {"type": "string", "format": "binary"}
+_EDIT = {
+    "type": "object",
+    "required": ["model", "prompt", "image"],
+    "properties": {
+        **{name: {"type": "string"} for name in ("model", "prompt", "response_format")},
+        "n": {"type": "integer"},
+        "image": _FILE,
+    },
+}
+OPERATIONS = (
+    Operation(
+        *("post", "/v1/chat/completions", "Answer a chat"),
+        *({_JSON: Completion, "text/event-stream": {}}, {_JSON: ChatBody}),
+    ),
+    Operation("post", "/v1/images/generations", "Make pictures", {_JSON: Pictures}, {_JSON: ImageBody}),
+    Operation(
+        "post", "/v1/images/edits", "Change pictures", {_JSON: Pictures}, {"multipart/form-data": _EDIT}
+    ),
+    Operation("get", "/v1/models", "All models", {_JSON: ModelList}),
+    Operation("get", "/v1/models/{model}", "One model", {_JSON: ModelCard}),
+    Operation(
+        "get", "/media/{name}", "A picture or video that is kept", {"image/*": _FILE, "video/*": _FILE}
+    ),
+    Operation("get", "/api/state", "Tabs, bootstrap, pool and requests", {_JSON: _OBJECT}),
+    Operation(
+        "post", "/api/bootstrap", "As Enter and Ctrl-C do", {_JSON: _OBJECT}, {_JSON: BootstrapAction}, 202
+    ),
+    Operation("post", "/api/models/refresh", "Ask the tabs for their models", {_JSON: _OBJECT}, status=202),
+    Operation("delete", "/api/sessions/{session_id}", "Retire a conversation", {_JSON: _OBJECT}),
+    Operation("get", "/health", "Whether the program lives", {_JSON: _OBJECT}),
+)
+
+
+def describe_api() -> dict[str, Any]:
+    """The OpenAPI document. Its schemas are the structs' that read and write the bodies."""
+    structs = (ChatBody, ImageBody, Completion, Pictures, ModelCard, ModelList, BootstrapAction, ErrorBody)
+    references, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    known: dict[type, dict[str, Any]] = dict(zip(structs, references, strict=True))
+
+    def content(types: Mapping[str, Any]) -> dict[str, object]:
+        return {
+            kind: {"schema": known[each] if isinstance(each, type) else each} for kind, each in types.items()
+        }
+
+    paths: dict[str, dict[str, Any]] = {}
+    error = {"description": "An error", "content": content({_JSON: ErrorBody})}
+    place = {"in": "path", "required": True, "schema": {"type": "string"}}
+    for each in OPERATIONS:
+        answer = {"description": each.summary, "content": content(each.answer)}
+        described: dict[str, Any] = {
+            "summary": each.summary,
+            "parameters": [{"name": name, **place} for name in re.findall("{(.+?)}", each.path)],
+            "responses": {str(each.status): answer, "default": error},
+        }
+        if each.body:
+            described["requestBody"] = {"required": True, "content": content(each.body)}
+        paths.setdefault(each.path, {})[each.method] = described
+    schemes = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lmarena_proxy", "version": VERSION},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": schemes},
+        "security": [{}, {"key": []}],
+    }
+
+
 class Api:
     """The HTTP surface: routes, and the server under them."""
 
@@ -5022,6 +5107,7 @@ class Api:
             ("/v1/models", "GET", self._models),
             ("/v1/models/<path:name>", "GET", self._model),
             ("/media/<name>", "GET", self._media_file),
+            ("/openapi.json", "GET", self._openapi),
             ("/api/state", "GET", self._state),
             ("/api/bootstrap", "POST", self._control_bootstrap),
             ("/api/models/refresh", "POST", self._refresh_models),
@@ -5061,6 +5147,9 @@ class Api:
             f"userscript        {self.url}/bridge.user.js",
         )
         return Response("\n".join(lines) + "\n", content_type="text/plain; charset=utf-8")
+
+    async def _openapi(self) -> Response:
+        return _json(describe_api())
 
     async def _health(self) -> Response:
         return _json({"status": "ok", "version": VERSION})
@@ -5149,10 +5238,10 @@ class Api:
         )
 
     async def _control_bootstrap(self) -> Response:
-        body = _forgiving_json(await request.get_data(as_text=False))  # type: ignore[arg-type]
-        action = body.get("action") if isinstance(body, dict) else None
-        if action not in ("start", "abort"):
-            raise ClientError(f"action: expected 'start' or 'abort', but got {action!r}.", param="action")
+        try:
+            action = msgspec.json.decode(await request.get_data(), type=BootstrapAction).action
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ClientError(f"action: expected 'start' or 'abort' ({error}).", param="action") from None
         if not (self._bootstrap.start() if action == "start" else self._bootstrap.abort()):
             message = f"Bootstrap is {self._bootstrap.phase}; {action} has no meaning now."
             raise ClientError(message, status=409, code="conflict")
