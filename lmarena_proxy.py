@@ -60,6 +60,7 @@ import logging.handlers
 import math
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
@@ -2054,22 +2055,37 @@ class JsonLines(logging.Formatter):
 
 
 class LogFile(logging.handlers.RotatingFileHandler):
-    """The log's file: nobody else's to read, and its trouble (a full disk) is told once and ends nothing."""
+    """The log's file: nobody else's to read, and its trouble (a full disk) is told once and ends nothing.
+
+    Written without a buffer, a record a line. One that a full disk or a kill has cut stays alone on its line.
+    """
 
     trouble: BaseException | None = None
+    is_cut = False
 
     def _open(self) -> Any:
         opener = functools.partial(os.open, mode=0o600)
-        return open(self.baseFilename, self.mode, encoding="utf-8", opener=opener)
+        file = open(self.baseFilename, "a+b", buffering=0, opener=opener)  # noqa: SIM115
+        if os.fstat(file.fileno()).st_size:
+            file.seek(-1, os.SEEK_END)
+            self.is_cut = file.read(1) != b"\n"
+        return file
 
     def emit(self, record: logging.LogRecord) -> None:
-        before, self.trouble = self.trouble, None
-        super().emit(record)
-        if self.trouble and not before:
-            sys.stderr.write(f"The log {self.baseFilename} cannot be written: {self.trouble}\n")
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.trouble = sys.exception()
+        stream: Any
+        try:
+            if self.shouldRollover(record):
+                self.doRollover()
+            self.stream = stream = self.stream or self._open()
+            rest = b"\n" * self.is_cut + self.format(record).encode("utf-8", "replace") + b"\n"
+            self.is_cut = True
+            while rest:
+                rest = rest[stream.write(rest) :]
+            self.is_cut, self.trouble = False, None
+        except OSError as error:
+            if not self.trouble:
+                sys.stderr.write(f"The log {self.baseFilename} cannot be written: {error}\n")
+            self.trouble = error
 
 
 def open_log(config: LogConfig, directory: Path) -> str:
@@ -2382,7 +2398,10 @@ class MediaFiles:
                 try:
                     # Under the hash of its content, whatever host the address names.
                     kept = self.path_of(urlsplit(url).path.removeprefix(self.PATH))
-                    data = await trio.Path(kept).read_bytes() if kept else await self._get(url, limit_mb)
+                    if own := _DATA_URL.fullmatch(url):
+                        data = base64.b64decode(own[2], validate=True)
+                    else:
+                        data = await trio.Path(kept).read_bytes() if kept else await self._get(url, limit_mb)
                 except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, OverflowError) as error:
                     reason = str(error) or str(error.__cause__ or type(error).__name__)
                     raise FetchFailed(reason.rstrip(".")) from None
@@ -2473,7 +2492,8 @@ class MediaFiles:
             kind, data = await self.fetch(media.url, self._config.max_file_mb)
             name = await trio.to_thread.run_sync(self._write, kind, data)
         except (FetchFailed, OSError) as error:
-            log.warning("The %s at %s is not kept: %s", media.kind, media.url[:200], error)
+            place = media.url[:200] if media.url.startswith("http") else "no address"
+            log.warning("The %s at %s is not kept: %s", media.kind, place, error)
             return media
         base_url = self._config.base_url.rstrip("/") or own_url
         return Media(media.kind, f"{base_url}{self.PATH}{name}")
@@ -2651,6 +2671,8 @@ class SessionPool:
         self._accounts: frozenset[str] = frozenset()
         # Sessions of models that are not served now: they stay in the store, and wait for the page's list.
         self._unlisted = store.sessions()
+        # One at a time for each session: a tab may tell of it twice, or under another model or account.
+        self._adding: dict[str, trio.Lock] = {}
         self.merge_models(())
 
     def __iter__(self) -> Iterator[ModelPool]:
@@ -2731,14 +2753,28 @@ class SessionPool:
             pool.limiter.release_on_behalf_of(lease)
 
     async def add(self, session: Session) -> None:
-        """Store a new session, then let it be used and tell of it."""
+        """Store a new session, then let it be used and tell of it.
+
+        Of one that is told of again only the message id is taken; another model or account is not believed.
+        """
+        lock = self._adding.setdefault(session.session_id, trio.Lock())
+        try:
+            async with lock:
+                known = self.find(session.session_id)
+                if known is None:
+                    await self._add_new(session)
+                elif (known.model_id, known.account) == (session.model_id, session.account):
+                    await self.continue_by_hand(known, session.message_id)
+        finally:
+            if not lock.locked():
+                self._adding.pop(session.session_id, None)
+
+    async def _add_new(self, session: Session) -> None:
         if not await self._store.save(session):
             log.error(
                 "Session %s works, but is not in the store: it is lost at the next start", session.session_id
             )
-        known = self.find(session.session_id)
-        if known and known.model_id != session.model_id:
-            return  # Another tab told of it under another model while this one was being written.
+        self._unlisted = [each for each in self._unlisted if each.session_id != session.session_id]
         pool = self.of(session.model_id)
         pool.put(session)
         pool.resize(self._accounts)
@@ -2747,6 +2783,8 @@ class SessionPool:
 
     async def continue_by_hand(self, session: Session, message_id: str) -> None:
         """The person went on in a conversation of the pool: retries now name its new last message."""
+        if session.message_id == message_id:
+            return
         session.message_id = message_id
         await self._store.save(session)
         name = self.of(session.model_id).model.name
@@ -3451,8 +3489,7 @@ class BridgeListener:
         """Take a conversation that the person opened or continued by hand into the pool."""
         session = self._pool.find(frame.session_id)
         if session and session.account == frame.account:
-            if session.message_id != frame.message_id:
-                await self._pool.continue_by_hand(session, frame.message_id)
+            await self._pool.continue_by_hand(session, frame.message_id)
         elif frame.mode != "direct" or frame.model_id is None or frame.account is None:
             log.info("A conversation by hand is not for the pool: %s, mode %s", frame.session_id, frame.mode)
         elif self._pool.catalog.get(frame.model_id) is None:
@@ -4927,6 +4964,15 @@ class ApiConnection(TrioASGIHTTPConnection):
         return receive
 
 
+class HttpConnection(TCPServer):
+    """One client's connection, served by Hypercorn."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        # The client has gone: else its connection would last as long as one that idles.
+        await self.idle_task.stop()
+
+
 class HttpListener:
     """Takes connections: so many at most, and whatever breaks in one breaks nothing else."""
 
@@ -4958,7 +5004,7 @@ class HttpListener:
             if self._connections > self._limit:
                 await self._refuse(stream)
             else:
-                await TCPServer(self._app, self._settings, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
+                await HttpConnection(self._app, self._settings, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
         except Exception as error:
             # What the protocol's libraries do not expect of a client's bytes ends that client's connection.
             log.warning("A client's connection broke: %r", next(leaves(error)))
@@ -5427,6 +5473,23 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
     return read_config(path, overrides), path.resolve().parent
 
 
+def look_at_store(directory: Path) -> tuple[Path, int]:
+    """The store's file and how many conversations it holds. Raises ConfigError when it cannot be used."""
+    path = directory / "lmarena_proxy.sqlite3"
+    # At a copy: opening it would already change a store that a kill has left, a damaged one most of all.
+    with tempfile.TemporaryDirectory(prefix="lmarena-proxy-check-") as place:
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for part in (path, path.with_name(path.name + "-wal")):
+                if part.exists():
+                    shutil.copy(part, place)
+            return path, len(Store(Path(place), may_replace=False).sessions())
+        except ConfigError as error:
+            raise ConfigError("storage.path", str(path), error.expected) from None
+        except OSError as error:
+            raise ConfigError("storage.path", str(path), f"a store that can be used ({error})") from None
+
+
 def check(config: Config, directory: Path, console: Console) -> None:
     """Try what a start needs, and say what was found. Raises ConfigError for the first thing wrong."""
     console.say(f"configuration  {directory}: every key is known and in range")
@@ -5436,8 +5499,8 @@ def check(config: Config, directory: Path, console: Console) -> None:
         console.say(
             f"alias          {alias} stands for {config.models.aliases[alias]}, which is none of them"
         )
-    store = Store(directory / config.storage.path, may_replace=False)
-    console.say(f"store          {store.path} holds {len(store.sessions())} conversations")
+    path, sessions = look_at_store(directory / config.storage.path)
+    console.say(f"store          {path} holds {sessions} conversations")
     for key, host, port in (
         ("server.port", config.server.host, config.server.port),
         ("bridge.port", config.bridge.host, config.bridge.port),

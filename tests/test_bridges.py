@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -39,6 +40,7 @@ from lmarena_proxy import (
     PoolConfig,
     RateLimited,
     RateLimitGate,
+    Session,
     SessionPool,
     Store,
 )
@@ -732,3 +734,56 @@ async def test_a_refused_probe_closes_the_gate_for_twice_as_long(
     gate.refuse(None)
     gate.leave(probe)
     assert gate.seconds == pytest.approx(10)
+
+
+# ── A conversation told of twice ────────────────────────────────────────────────────────────────────────────
+
+
+async def stored_and_pooled(at: Gateway) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """What store and pool hold, once all that is queued is on the disk."""
+    flush = Session("flush", "m", "1", "x", "captured", created_at=0.0)
+    assert await at.store.save(flush)
+    at.store.remove(flush)
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    with sqlite3.connect(at.store.path) as file:
+        rows = file.execute(
+            "SELECT session_id, message_id, model_id, account FROM sessions WHERE session_id != 'flush'"
+        )
+        stored = {*rows}
+    sessions = [session for pool in at.pool for session in pool.sessions.values()]
+    return stored, {(each.session_id, each.message_id, each.model_id, each.account) for each in sessions}
+
+
+@pytest.mark.parametrize("second", [{"account": "other"}, {"model_id": "2"}, {"message_id": "m2"}, {}])
+async def test_a_conversation_told_of_twice_at_once_is_the_same_in_store_and_pool(
+    second: dict[str, str], tmp_path: Path
+) -> None:
+    async with gateway(tmp_path) as at, at.tab() as tab:
+        at.pool.merge_models([Model("2", "two")])
+        await tab.say(CAPTURED)
+        await tab.say(CAPTURED | second)
+        while at.pool.find("s") is None:
+            await trio.lowlevel.checkpoint()
+        stored, pooled = await stored_and_pooled(at)
+        assert stored == pooled
+        [(_, message_id, model_id, account)] = stored
+        assert (model_id, account) == (CAPTURED["model_id"], CAPTURED["account"])
+        assert message_id == second.get("message_id", CAPTURED["message_id"])
+
+
+async def test_a_conversation_retired_while_it_is_told_of_again_is_the_same_in_both(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as at, at.tab() as tab:
+        await tab.say(CAPTURED)
+        await tab.say(CAPTURED)
+        while (session := at.pool.find("s")) is None:
+            await trio.lowlevel.checkpoint()
+        at.pool.retire(session, "by the person")
+        stored, pooled = await stored_and_pooled(at)
+        assert stored == pooled
+
+
+async def test_another_account_s_claim_to_a_session_is_not_believed(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as at:
+        for account in ("mine", "other"):
+            await at.pool.add(Session("s", "m1", "1", account, "captured", created_at=0.0))
+        assert await stored_and_pooled(at) == ({("s", "m1", "1", "mine")}, {("s", "m1", "1", "mine")})
