@@ -2492,7 +2492,7 @@ class MediaFiles:
             kind, data = await self.fetch(media.url, self._config.max_file_mb)
             name = await trio.to_thread.run_sync(self._write, kind, data)
         except (FetchFailed, OSError) as error:
-            place = media.url[:200] if media.url.startswith("http") else "no address"
+            place = "a data: URL" if media.url[:5].lower() == "data:" else media.url[:200]
             log.warning("The %s at %s is not kept: %s", media.kind, place, error)
             return media
         base_url = self._config.base_url.rstrip("/") or own_url
