@@ -30,16 +30,17 @@ The file is read downward, once: a definition is used only below itself. Its sec
 import os
 import sys
 
-if __name__ == "__main__" and os.name == "posix" and sys.gettrace() is None:
+if __name__ == "__main__" and os.name == "posix" and sys.orig_argv[1:] == sys.argv and not sys.gettrace():
     # Begin again as a module, in the same process: of a script Python keeps the whole syntax tree as long as
-    # it runs (10 MB of this one), and compiles it at each start. Not under a debugger: it would lose sight.
+    # it runs (10 MB of this one), and compiles it at each start. Not with options of Python's own (-m,
+    # -X dev) nor under a debugger: they are meant for this run.
     steps = (
         "import sys, importlib",
         "sys.path[0], name = sys.argv[1:3]",
         "sys.exit(importlib.import_module(name).main(sys.argv[3:]))",
     )
-    flags, (place, file) = sys.orig_argv[1 : -len(sys.argv)], os.path.split(os.path.realpath(__file__))
-    command = [*flags, "-c", "; ".join(steps), place, file.removesuffix(".py"), *sys.argv[1:]]
+    place, file = os.path.split(os.path.realpath(__file__))
+    command = ["-c", "; ".join(steps), place, file.removesuffix(".py"), *sys.argv[1:]]
     os.execv(sys.executable, [sys.executable, *command])
 
 import argparse
@@ -1082,9 +1083,9 @@ def _decode_body(
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ClientError(f"The body is not JSON: {error}") from None
-    given = {name: bytes(raw) for name, raw in fields.items() if bytes(raw) != b"null"}
-    _refuse(refused, {name: _forgiving_json(given[name]) for name in refused.keys() & given.keys()})
-    return decoded, set(given)
+    given = {name for name, raw in fields.items() if memoryview(raw) != b"null"}  # No copy: it may be large.
+    _refuse(refused, {name: _forgiving_json(bytes(fields[name])) for name in refused.keys() & given})
+    return decoded, given
 
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.=+-]+)*;base64,(.+)", re.DOTALL)
@@ -2082,7 +2083,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
             while rest:
                 rest = rest[stream.write(rest) :]
             self.is_cut, self.trouble = False, None
-        except OSError as error:
+        except Exception as error:  # As in every logging handler: what is told must not end who tells it.
             if not self.trouble:
                 sys.stderr.write(f"The log {self.baseFilename} cannot be written: {error}\n")
             self.trouble = error
@@ -2396,12 +2397,13 @@ class MediaFiles:
         async with self._fetching:
             with trio.move_on_after(seconds) as patience:
                 try:
-                    # Under the hash of its content, whatever host the address names.
-                    kept = self.path_of(urlsplit(url).path.removeprefix(self.PATH))
                     if own := _DATA_URL.fullmatch(url):
                         data = base64.b64decode(own[2], validate=True)
+                    # Under the hash of its content, whatever host the address names.
+                    elif kept := self.path_of(urlsplit(url).path.removeprefix(self.PATH)):
+                        data = await trio.Path(kept).read_bytes()
                     else:
-                        data = await trio.Path(kept).read_bytes() if kept else await self._get(url, limit_mb)
+                        data = await self._get(url, limit_mb)
                 except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, OverflowError) as error:
                     reason = str(error) or str(error.__cause__ or type(error).__name__)
                     raise FetchFailed(reason.rstrip(".")) from None

@@ -535,6 +535,14 @@ def test_check_examines_the_start_and_exits(tmp_path: Path) -> None:
     assert run_to_end(tmp_path, "--check", "--config", str(config)).returncode == 2
 
 
+@pytest.mark.parametrize("options", [(), ("-X", "dev"), ("-m",), ("-m", "cProfile", "-o", os.devnull)])
+def test_it_begins_as_a_script_a_module_and_under_a_profiler(options: tuple[str, ...]) -> None:
+    name = "lmarena_proxy" if options == ("-m",) else "lmarena_proxy.py"
+    command = [sys.executable, *options, name, "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split()[:1]) == (0, ["lmarena_proxy"]), done.stderr
+
+
 def test_an_alias_of_no_model_is_told_by_check(tmp_path: Path) -> None:
     write_models(tmp_path, (CLAUDE,))
     config = write_config(tmp_path, {"models.aliases": {"gpt-4o": CLAUDE, "mine": "nothing"}})
