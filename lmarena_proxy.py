@@ -4055,13 +4055,13 @@ class Console:
 # Bootstrap
 # ==========================================================================================================
 #
-# Theory. One supervisor asks the question once and runs what is started. A run opens, breadth first, what
-# each model lacks: the first conversation of every model, then the second, so that an interrupted run leaves
-# something for all and a model that fails costs one call. Each opening holds a place of the global limiter,
-# then a token of its model: in that order, so that openings that wait for a place never keep a request from
-# its token. The relay does the rest: it waits for readiness and at the account's gate, for as long as that
-# takes here. A failure skips the model: nothing more is begun for it, what is under way may finish. Start and
-# abort come from the console or the API alike.
+# Theory. One supervisor asks the question, once for each account, and runs what is started. A run opens,
+# breadth first, what each model lacks: the first conversation of every model, then the second, so that an
+# interrupted run leaves something for all and a model that fails costs one call. Each opening holds a place
+# of the global limiter, then a token of its model: in that order, so that openings that wait for a place
+# never keep a request from its token. The relay does the rest: it waits for readiness and at the account's
+# gate, for as long as that takes here. A failure skips the model: nothing more is begun for it, what is under
+# way may finish. Start and abort come from the console or the API alike.
 
 Phase = Literal["waiting_for_browser", "settling", "confirm", "running", "done", "aborted", "skipped"]
 
@@ -4081,6 +4081,10 @@ PHASES: dict[tuple[Phase, str], Phase] = {
     ("done", "start"): "running",
     ("aborted", "start"): "running",
     ("skipped", "start"): "running",
+    # Another account has signed in, for which conversations are missing.
+    ("done", "ready"): "settling",
+    ("aborted", "ready"): "settling",
+    ("skipped", "ready"): "settling",
 }
 
 
@@ -4098,152 +4102,43 @@ def opening_limits(settings: BootstrapConfig) -> Limits:
     )
 
 
-class Bootstrap:
-    """Opens the conversations that the store lacks, once the person says so."""
+class BootstrapRun:
+    """One run: what it opens, and what has become of that."""
 
     def __init__(
-        self,
-        config: Config,
-        pool: SessionPool,
-        bridges: Bridges,
-        relay: Relay,
-        console: Console,
-        bus: EventBus,
+        self, config: Config, pool: SessionPool, bridges: Bridges, relay: Relay, bus: EventBus, only: Set[str]
     ) -> None:
-        self._config, self._pool, self._bridges, self._relay = config, pool, bridges, relay
-        self._console, self._bus = console, bus
-        self.phase: Phase = "waiting_for_browser"
-        self.opened = self.planned = 0
-        self.skipped: dict[str, ModelSkipped] = {}
-        self.is_confirmed = False
+        """`only`: the ids of the models it is for; none stand for all."""
+        self._config, self._pool, self._bridges, self._relay, self._bus = config, pool, bridges, relay, bus
+        self._only = only
         self._greeting = Message("user", config.bootstrap.message)
         self._limits = opening_limits(config.bootstrap)
         self._opening: Counter[str] = Counter()
-        # What start, skip and abort cancel: the question or the run, whichever is on.
-        self._scope: trio.CancelScope | None = None
-        self._is_start_wanted = False
-        self._abort_reason = ""
-        self._started = trio.Event()
+        # By model id: how many are to be opened, how many are, and who was given up.
+        self.planned: dict[str, int] = {}
+        self.opened: Counter[str] = Counter()
+        self.skipped: dict[str, ModelSkipped] = {}
+        self.accounts: set[str] = set()
+        self.abort_reason = ""
 
-    def __repr__(self) -> str:
-        return (
-            f"<Bootstrap {self.phase}: {self.opened} of {self.planned} opened, {len(self.skipped)} skipped>"
-        )
-
-    def _go(self, event: str, detail: str = "") -> None:
-        phase = PHASES.get((self.phase, event))
-        if phase is None:
-            raise RuntimeError(f"bootstrap is {self.phase}: {event!r} cannot happen")
-        self.phase = phase
-        self._bus.publish(PhaseChanged(phase, detail))
-
-    def start(self) -> bool:
-        """The person wants it: answers the question, or begins a run when none is asked.
-
-        False while one runs.
-        """
-        if self.phase == "running":
-            return False
-        self._is_start_wanted = True
-        self._started.set()
-        if self._scope:
-            self._scope.cancel()
-        return True
-
-    def abort(self, reason: str = "interrupted") -> bool:
-        """Stop the run, or skip the question. False when there is neither."""
-        if self.phase not in ("running", "confirm") or self._scope is None:
-            return False
-        self._abort_reason = reason
-        self._scope.cancel()
-        return True
-
-    async def supervise(self) -> None:
-        """Ask once, then run whatever is started, for as long as the program lives."""
-        with trio.CancelScope() as self._scope:
-            await self._ask()
-        while True:
-            self._scope = None
-            if not self._is_start_wanted and self.phase in ("confirm", "settling"):
-                self._go("skip", self._abort_reason)
-            await self._started.wait()
-            self._started, self._is_start_wanted = trio.Event(), False
-            await self._run()
-
-    async def _ask(self) -> None:
-        """Steps 2 to 4 of the start: until it is started or skipped, or there is nothing to open."""
-        if not self._config.bootstrap.enabled:
-            self._go("skip", "bootstrap.enabled is false")
-            return
-        await self._settle()
-        if not self._announce_plan():
-            self._go("finish", "every model has its conversations")
-        elif self.is_confirmed:
-            self.start()
-        elif not self._console.can_ask:
-            hint = 'POST /api/bootstrap {"action":"start"} begins it, --yes answers the question'
-            self._go("skip", f"there is no terminal to ask at; {hint}")
-        else:
-            self._go("ask")
-            if await self._console.wait_for_enter():
-                self.start()
-            else:
-                self._abort_reason = "the keyboard's input ended"
-
-    async def _settle(self) -> None:
-        """Wait until a tab has been ready for `settle_seconds` on end."""
-        while True:
-            await self._bridges.wait_ready(math.inf)
-            settled_at = trio.current_time() + self._config.bootstrap.settle_seconds
-            self._go("ready", f"{self._config.bootstrap.settle_seconds:g} s")
-            async with self._console.countdown(settled_at):
-                with trio.move_on_at(settled_at):
-                    while self._bridges.obstacle() is None:
-                        await self._bridges.wait_changed()
-            if self._bridges.obstacle() is None:
-                return
-            self._go("lost", "the tab is not ready any more")
-
-    def _plan(self) -> list[tuple[Model, int]]:
+    def plan(self) -> list[tuple[Model, int]]:
         """What is to be opened: models and how many conversations each lacks."""
         models = [model for model in self._pool.catalog if not model.requires_image]
-        return [(model, missing) for model in models if (missing := self._pool.missing(model))]
+        wanted = [model for model in models if not self._only or model.id in self._only]
+        return [(model, missing) for model in wanted if (missing := self._pool.missing(model))]
 
-    def _announce_plan(self) -> int:
-        plan = self._plan()
-        planned = sum(missing for _, missing in plan)
-        stored = sum(len(pool.sessions) for pool in self._pool)
-        on_demand = sum(model.requires_image for model in self._pool.catalog)
-        self._console.say(
-            f"Plan: {planned} conversations for {len(plan)} of {len(self._pool.catalog)} models; "
-            f"{stored} are in the store; {on_demand} models work on an image and open on demand."
-        )
-        return planned
-
-    async def _run(self) -> None:
-        """Step 5 to 7: open, skip what fails, sum up."""
-        self._go("start")
-        self.opened = self.planned = 0
-        self.skipped.clear()
-        self._abort_reason = ""
-        with trio.CancelScope() as self._scope:
-            await self._bridges.wait_ready(math.inf)
-            plan = self._plan()
-            self.planned = sum(missing for _, missing in plan)
-            async with self._console.progress(self._count):
-                await self._fan_out(plan)
-        was_aborted = self._scope.cancelled_caught or bool(self._abort_reason)
-        detail = f"{self.opened} of {self.planned} opened"
-        self._go("abort" if was_aborted else "finish", f"{detail}, {self._abort_reason}".rstrip(", "))
-        self._console.summary([*self._sum_up()])
-
-    async def _fan_out(self, plan: Sequence[tuple[Model, int]]) -> None:
+    async def open_all(self) -> None:
+        """Open what is missing, breadth first."""
+        await self._bridges.wait_ready(math.inf)
+        self.accounts = self._bridges.accounts()
+        plan = self.plan()
+        self.planned = {model.id: missing for model, missing in plan}
         limiter = trio.CapacityLimiter(self._config.bootstrap.concurrency)
-        rounds = max((missing for _, missing in plan), default=0)
+        rounds = max(self.planned.values(), default=0)
         async with trio.open_nursery() as nursery:
             for number in range(rounds):
                 for model in [model for model, missing in plan if missing > number]:
-                    if self._abort_reason:
+                    if self.abort_reason:
                         return
                     lease = Lease(f"bootstrap-{uuid7()}", model, "bootstrap")
                     await limiter.acquire_on_behalf_of(lease)
@@ -4257,19 +4152,23 @@ class Bootstrap:
                 return
             self._opening[model.id] += 1
             try:
-                await self._relay.answer(lease, [self._greeting], Discard(), self._limits)
+                await self.open_one(lease)
             finally:
                 self._opening[model.id] -= 1
-            self.opened += 1
+            self.opened[model.id] += 1
         except ApiError as error:
             if error.error_code == "rate_limit_exceeded":
-                self._abort_reason = error.message  # Nothing more is begun; what is under way may finish.
+                self.abort_reason = error.message  # Nothing more is begun; what is under way may finish.
             else:
                 self._skip(model, error)
         except Exception as error:
             self._skip(model, error)
         finally:
             limiter.release_on_behalf_of(lease)
+
+    async def open_one(self, lease: Lease) -> None:
+        """Open one conversation with the greeting. Raises ApiError."""
+        await self._relay.answer(lease, [self._greeting], Discard(), self._limits)
 
     def _skip(self, model: Model, error: Exception) -> None:
         if model.id in self.skipped:
@@ -4281,12 +4180,8 @@ class Bootstrap:
         self.skipped[model.id] = event
         self._bus.publish(event)
 
-    def _count(self) -> tuple[int, int, str]:
-        obstacle = self._bridges.obstacle()
-        skipped = f"{len(self.skipped)} models skipped" if self.skipped else ""
-        return self.opened, self.planned, f"paused: {obstacle.advice}" if obstacle else skipped
-
-    def _sum_up(self) -> Iterator[tuple[str, int, str, str]]:
+    def sum_up(self) -> Iterator[tuple[str, int, str, str]]:
+        """The summary's rows: model, sessions, state and why."""
         for pool in self._pool:
             skipped = self.skipped.get(pool.model.id)
             sessions = pool.usable(self._bridges.accounts()) or len(pool.sessions)
@@ -4299,10 +4194,173 @@ class Bootstrap:
                 state = "skipped" if skipped and not sessions else "partial" if sessions else "not opened"
             yield pool.model.name, sessions, state, why
 
+
+class Bootstrap:
+    """Opens the conversations that the store lacks, once the person says so."""
+
+    def __init__(
+        self,
+        config: Config,
+        pool: SessionPool,
+        bridges: Bridges,
+        relay: Relay,
+        console: Console,
+        bus: EventBus,
+    ) -> None:
+        self._config, self._pool, self._bridges = config, pool, bridges
+        self._console, self._bus = console, bus
+        self._new_run = functools.partial(BootstrapRun, config, pool, bridges, relay, bus)
+        self.phase: Phase = "waiting_for_browser"
+        # What the last change of phase said, and when settling ends, in Unix seconds.
+        self.detail = ""
+        self.settles_at: float | None = None
+        self.is_confirmed = False
+        # The run that is on or was last.
+        self._run: BootstrapRun = self._new_run(frozenset())
+        # What start, skip and abort cancel: the question or the run, whichever is on.
+        self._scope: trio.CancelScope | None = None
+        self._wanted: BootstrapRun | None = None
+        # The accounts for which the question was asked, or needed no asking.
+        self._asked: set[str] = set()
+
+    def __repr__(self) -> str:
+        counts = f"{self.opened} of {self.planned} opened, {len(self._run.skipped)} skipped"
+        return f"<Bootstrap {self.phase}: {counts}>"
+
+    @property
+    def opened(self) -> int:
+        return self._run.opened.total()
+
+    @property
+    def planned(self) -> int:
+        return sum(self._run.planned.values())
+
+    def _go(self, event: str, detail: str = "") -> None:
+        phase = PHASES.get((self.phase, event))
+        if phase is None:
+            raise RuntimeError(f"bootstrap is {self.phase}: {event!r} cannot happen")
+        self.phase, self.detail, self.settles_at = phase, detail, None
+        self._bus.publish(PhaseChanged(phase, detail))
+
+    def start(self, only: Set[str] = frozenset()) -> bool:
+        """The person wants it: answers the question, or begins a run when none is asked.
+
+        `only`: the ids of the models it is for, if not for all. False while one runs.
+        """
+        if self.phase == "running":
+            return False
+        self._wanted = self._new_run(only)
+        others = {each: event for each, event in self._run.skipped.items() if only and each not in only}
+        self._wanted.skipped |= others
+        if self._scope:
+            self._scope.cancel()
+        return True
+
+    def abort(self, reason: str = "interrupted") -> bool:
+        """Stop the run, or skip the question. False when there is neither."""
+        if self.phase not in ("running", "confirm") or self._scope is None:
+            return False
+        self._run.abort_reason = reason
+        self._scope.cancel()
+        return True
+
+    async def open_one(self, model: Model) -> Session:
+        """Open one more conversation of a model, whatever is planned. Raises ApiError."""
+        lease = Lease(f"dashboard-{uuid7()}", model, "bootstrap")
+        await self._new_run(frozenset()).open_one(lease)
+        session = self._pool.find(lease.last_session_id or "")
+        if session is None:
+            raise ArenaError("The new conversation is gone already.", may_retry=False)
+        return session
+
+    async def supervise(self) -> None:
+        """Ask once for each account, and run whatever is started, for as long as the program lives."""
+        if not self._config.bootstrap.enabled:
+            self._go("skip", "bootstrap.enabled is false")
+        while True:
+            with trio.CancelScope() as self._scope:
+                await self._ask()
+            if self._wanted:
+                await self._carry_out(self._wanted)
+            elif self.phase == "confirm":
+                self._go("skip", self._run.abort_reason)
+
+    async def _ask(self) -> None:
+        """Steps 2 to 4 of the start: until it is started or skipped, or there is nothing to open."""
+        await self._wait_for_account()
+        await self._settle()
+        self._asked |= self._bridges.accounts()
+        if not self._announce_plan():
+            self._go("finish", "every model has its conversations")
+        elif self.is_confirmed:
+            self.start()
+        elif not self._console.can_ask:
+            hint = 'POST /api/bootstrap {"action":"start"} begins it, --yes answers the question'
+            self._go("skip", f"there is no terminal to ask at; {hint}")
+        else:
+            self._go("ask")
+            if await self._console.wait_for_enter():
+                self.start()
+            else:
+                self.abort("the keyboard's input ended")
+
+    async def _wait_for_account(self) -> None:
+        """Wait for the first tab that is ready; later, for one of an account that lacks conversations."""
+        if not self._config.bootstrap.enabled:
+            await trio.sleep_forever()
+        everything = self._new_run(frozenset())
+        while not self._bridges.accounts() - self._asked or (self._asked and not everything.plan()):
+            await self._bridges.wait_changed()
+
+    async def _settle(self) -> None:
+        """Wait until a tab has been ready for `settle_seconds` on end."""
+        while True:
+            await self._bridges.wait_ready(math.inf)
+            seconds = self._config.bootstrap.settle_seconds
+            settled_at = trio.current_time() + seconds
+            self._go("ready", f"{seconds:g} s")
+            self.settles_at = time.time() + seconds
+            async with self._console.countdown(settled_at):
+                with trio.move_on_at(settled_at):
+                    while self._bridges.obstacle() is None:
+                        await self._bridges.wait_changed()
+            if self._bridges.obstacle() is None:
+                return
+            self._go("lost", "the tab is not ready any more")
+
+    def _announce_plan(self) -> int:
+        plan = self._new_run(frozenset()).plan()
+        planned = sum(missing for _, missing in plan)
+        stored = sum(len(pool.sessions) for pool in self._pool)
+        on_demand = sum(model.requires_image for model in self._pool.catalog)
+        self._console.say(
+            f"Plan: {planned} conversations for {len(plan)} of {len(self._pool.catalog)} models; "
+            f"{stored} are in the store; {on_demand} models work on an image and open on demand."
+        )
+        return planned
+
+    async def _carry_out(self, run: BootstrapRun) -> None:
+        """Step 5 to 7: open, skip what fails, sum up."""
+        self._run, self._wanted = run, None
+        self._go("start")
+        with trio.CancelScope() as self._scope:
+            async with self._console.progress(self._count):
+                await run.open_all()
+        self._asked |= run.accounts
+        was_aborted = self._scope.cancelled_caught or bool(run.abort_reason)
+        detail = f"{self.opened} of {self.planned} opened"
+        self._go("abort" if was_aborted else "finish", f"{detail}, {run.abort_reason}".rstrip(", "))
+        self._console.summary([*run.sum_up()])
+
+    def _count(self) -> tuple[int, int, str]:
+        obstacle, skipped = self._bridges.obstacle(), len(self._run.skipped)
+        remark = f"{skipped} models skipped" if skipped else ""
+        return self.opened, self.planned, f"paused: {obstacle.advice}" if obstacle else remark
+
     def snapshot(self) -> dict[str, object]:
         """The `bootstrap` part of /api/state."""
         names = ("model", "model_id", "reason")
-        skipped = [{name: getattr(event, name) for name in names} for event in self.skipped.values()]
+        skipped = [{name: getattr(event, name) for name in names} for event in self._run.skipped.values()]
         return {"phase": self.phase, "opened": self.opened, "planned": self.planned, "skipped": skipped}
 
 

@@ -25,6 +25,7 @@ from harness import (
 )
 
 from demo.arena import Failure, Switches
+from demo.twin import Twin
 from lmarena_proxy import (
     PHASES,
     Bootstrap,
@@ -235,6 +236,89 @@ async def test_abort_stops_the_openings_at_the_site_and_keeps_what_there_is(
     rig.arena.switch(hang_after_lines=None)
     await rig.fill()
     assert opened_well(rig) == four_each(*FOUR)
+
+
+# ── Whom it asks for ────────────────────────────────────────────────────────────────────────────────────────
+
+
+AT_ONCE = {"bootstrap": {"enabled": True, "settle_seconds": 0.1}}
+
+
+async def change_account(rig: Rig) -> tuple[str, str]:
+    """Sign out, and in as somebody else; returns the old account and the new one."""
+    old = rig.twin.account
+    await rig.twin.sign_out()
+    await rig.twin.accept_terms()
+    new = rig.twin.account
+    assert old
+    assert new
+    assert old != new
+    return old, new
+
+
+async def test_another_account_gets_its_own_conversations_after_another_yes(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, tables=AT_ONCE, confirmed=True)
+    await phase(rig, "done")
+    assert opened_well(rig) == four_each(CLAUDE, DEEPSEEK)
+    cookies = [*rig.twin.http.cookies.jar]
+    old, new = await change_account(rig)
+    await until(lambda: rig.pool(CLAUDE).usable([new]) == rig.pool(DEEPSEEK).usable([new]) == 4)
+    await phase(rig, "done")
+    assert rig.pool(CLAUDE).usable([old]) == 4
+    assert rig.pool(CLAUDE).limiter.total_tokens == 4
+
+    rig.twin.http.cookies.jar.clear()
+    for cookie in cookies:
+        rig.twin.http.cookies.jar.set_cookie(cookie)
+    rig.arena.record.clear()
+    phases = len(rig.event(PhaseChanged))
+    await rig.twin.look()
+    await until(lambda: rig.program.bridges.accounts() == {old})
+    await rig.state()
+    assert len(rig.event(PhaseChanged)) == phases  # nothing is missing: nothing is asked
+    assert rig.creates == []
+
+
+async def test_another_account_is_asked_for_even_after_the_question_was_skipped(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, tables=AT_ONCE)
+    await phase(rig, "skipped")
+    await change_account(rig)
+    await until(lambda: [event.phase for event in rig.event(PhaseChanged)] == ["settling", "skipped"] * 2)
+    assert rig.creates == []
+
+
+async def test_a_second_account_beside_a_supplied_one_is_not_asked_for(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, tables=AT_ONCE, confirmed=True)
+    await phase(rig, "done")
+    rig.arena.record.clear()
+    other = Twin(rig.arena_url, rig.program.api.bridge_url)
+    await nursery.start(other.run)
+    await other.open_page()
+    await other.accept_terms()
+    await until(lambda: len(rig.program.bridges.accounts()) == 2)
+    await rig.state()
+    assert rig.program.bootstrap.phase == "done"
+    await rig.twin.sign_out()
+    await until(lambda: opened_well(rig) == four_each(CLAUDE, DEEPSEEK))
+
+
+async def test_a_run_may_be_for_some_models_only(nursery: trio.Nursery, tmp_path: Path) -> None:
+    switches = Switches(failures={DEEPSEEK: Failure()})
+    rig = await start(nursery, tmp_path, models=(CLAUDE, DEEPSEEK, GPT), switches=switches)
+    rig.program.bootstrap.start({model_id(DEEPSEEK)})
+    await phase(rig, "done")
+    assert (await rig.state())["bootstrap"]["skipped"][0]["model"] == DEEPSEEK
+    rig.program.bootstrap.start({model_id(CLAUDE)})
+    await until(lambda: len(rig.pool(CLAUDE).sessions) == 4)
+    await phase(rig, "done")
+    assert (await rig.state())["bootstrap"]["skipped"][0]["model"] == DEEPSEEK
+    assert len(rig.pool(GPT).sessions) == 0
 
 
 def make_bootstrap(phase: Phase) -> Bootstrap:
