@@ -22,6 +22,7 @@ The file is read downward, once: a definition is used only below itself. Its sec
     Relay
     Console
     Bootstrap
+    Monitoring
     HTTP API
     Program
     Command line
@@ -46,6 +47,7 @@ if __name__ == "__main__" and os.name == "posix" and sys.orig_argv[1:] == sys.ar
 import argparse
 import base64
 import bisect
+import csv
 import difflib
 import errno
 import fnmatch
@@ -71,6 +73,7 @@ import struct
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -89,12 +92,14 @@ from urllib.parse import quote, urlsplit
 import httpx
 import hypercorn.config
 import msgspec
+import prometheus_client
 import trio
 import trio_websocket
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from quart import Response, has_request_context, request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
@@ -1046,6 +1051,15 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     ignored: tuple[str, ...] = ()
 
     @property
+    def parameters(self) -> dict[str, object]:
+        """What was asked for beside model and messages, as the client may say it again."""
+        names = ("n", "stream", "stop", "max_tokens", "max_completion_tokens")
+        given = {name: getattr(self, name) for name in names}
+        given["stream_options"] = {"include_usage": True} if self.include_usage else None
+        given["response_format"] = self.image_format
+        return {name: value for name, value in given.items() if value not in (None, False, ()) and value != 1}
+
+    @property
     def images(self) -> dict[str, int]:
         """How many images each message has, by its path."""
         counts = [len(message.attachments) for message in self.messages]
@@ -1904,6 +1918,8 @@ class Event(msgspec.Struct, frozen=True):
 
     level: ClassVar[int] = logging.INFO
     line: ClassVar[str] = ""
+    # Whether the console shows it, too: what a busy day brings by the hundred is for the log alone.
+    is_for_people: ClassVar[bool] = True
 
     @property
     def text(self) -> str:
@@ -1984,6 +2000,11 @@ class ModelSkipped(Event, frozen=True):
     reply: str
     error: Exception
 
+    def describe(self) -> dict[str, object]:
+        """The same for a dashboard: the error as text."""
+        story = "".join(traceback.format_exception(self.error))
+        return {**msgspec.structs.asdict(self), "error": None, "traceback": story}
+
 
 class PhaseChanged(Event, frozen=True):
     line = "Bootstrap {phase}: {detail}"
@@ -1991,14 +2012,38 @@ class PhaseChanged(Event, frozen=True):
     detail: str
 
 
+class AttemptStarted(Event, frozen=True):
+    level = logging.DEBUG
+    line = "{request_id} {model}: attempt {attempt} at session {session_id} in tab {bridge}"
+    request_id: str
+    model: str
+    session_id: str
+    bridge: int
+    attempt: int
+
+
+class AttemptFailed(Event, frozen=True):
+    """An attempt brought no answer; `course` says how the request goes on."""
+
+    level = logging.WARNING
+    is_for_people = False
+    line = "{request_id} {model}: attempt {attempt} at session {session_id} failed ({course}): {reason}"
+    request_id: str
+    model: str
+    session_id: str
+    attempt: int
+    course: str
+    reason: str
+
+
 class RequestEnded(Event, frozen=True):
     """A request's whole story, and its row in the store, in this order.
 
-    Times are Unix seconds, durations seconds. `messages` and `answer` are None where `log.contents` is off;
-    attachments are only named.
+    Times are Unix seconds, durations seconds. `messages`, `answer` and `reasoning` are None where
+    `log.contents` is off; attachments are only named. `messages`, `parameters` and `tries` are JSON.
     """
 
-    line = "{request_id} {model}: {status} {outcome} in {total_seconds:.2f} s"
+    line = "{request_id} {model}: {status} {outcome} in {total_seconds:.2f} s: {error}"
     request_id: str
     created_at: float
     model: str
@@ -2015,6 +2060,17 @@ class RequestEnded(Event, frozen=True):
     completion_tokens: int | None
     messages: str | None
     answer: str | None
+    path: str | None = None
+    client: str | None = None
+    parameters: str | None = None
+    reasoning: str | None = None
+    error: str | None = None
+    traceback: str | None = None
+    tries: str | None = None
+
+    @property
+    def text(self) -> str:
+        return super().text.removesuffix(": None")
 
 
 class EventBus:
@@ -2031,10 +2087,19 @@ class EventBus:
             listener(event)
 
 
+_DATA_PAYLOAD = re.compile(r"(data:[\w.+-]+/[\w.+-]+(?:;[\w.=+-]{1,80}){0,5},)[^\s\"'<>)]{64,}+")
+
+
+def without_payloads(text: str) -> str:
+    """A text as it may be logged: what data: URLs hold is left out."""
+    return _DATA_PAYLOAD.sub(r"\1...", text) if "data:" in text else text
+
+
 def log_event(event: Event) -> None:
     """The listener that makes each event a line of the log."""
-    error = getattr(event, "error", None)
-    log.log(event.level, "%s", event.text, exc_info=error, extra={"event": event})
+    if log.isEnabledFor(event.level):
+        error = event.error if isinstance(event, ModelSkipped) else None
+        log.log(event.level, "%s", event.text, exc_info=error, extra={"event": event})
 
 
 class JsonLines(logging.Formatter):
@@ -2049,7 +2114,8 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage(),
         }
         if event:
-            line |= {name: getattr(event, name) for name in event.__struct_fields__ if name != "error"}
+            fields = {name: getattr(event, name) for name in event.__struct_fields__}
+            line |= {name: value for name, value in fields.items() if not isinstance(value, Exception)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return msgspec.json.encode(line, enc_hook=str).decode()
@@ -2145,6 +2211,17 @@ CREATE TABLE requests (
 CREATE INDEX requests_by_time ON requests (created_at);
 PRAGMA user_version = 1;
 """
+# What each version adds to the one before it.
+_UPGRADES = (
+    """
+ALTER TABLE requests ADD COLUMN path TEXT; ALTER TABLE requests ADD COLUMN client TEXT;
+ALTER TABLE requests ADD COLUMN parameters TEXT; ALTER TABLE requests ADD COLUMN reasoning TEXT;
+ALTER TABLE requests ADD COLUMN error TEXT; ALTER TABLE requests ADD COLUMN traceback TEXT;
+ALTER TABLE requests ADD COLUMN tries TEXT;
+PRAGMA user_version = 2;
+""",
+)
+STORE_VERSION = 1 + len(_UPGRADES)
 
 
 class _Write:
@@ -2177,10 +2254,9 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError("storage.path", str(self.path), f"a store that can be used ({error})") from None
         [version] = self._connection.execute("PRAGMA user_version").fetchone()
-        if version > 1:
-            raise ConfigError(
-                "storage.path", str(self.path), f"a store of version 1, but it has version {version}"
-            )
+        if version > STORE_VERSION:
+            wanted = f"a store of version {STORE_VERSION} or older, but it has version {version}"
+            raise ConfigError("storage.path", str(self.path), wanted)
         self._queue, self._writes = trio.open_memory_channel[_Write](math.inf)
 
     def _open(self) -> sqlite3.Connection:
@@ -2192,8 +2268,9 @@ class Store:
         try:
             connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             [version] = connection.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            steps = [_SCHEMA, *_UPGRADES]
+            for step in steps[version:]:
+                connection.executescript(f"BEGIN; {step} COMMIT;")
             connection.execute("SELECT * FROM sessions").fetchall()
         except sqlite3.Error:
             connection.close()
@@ -2281,6 +2358,170 @@ class Store:
         if isinstance(event, RequestEnded):
             values = msgspec.structs.astuple(event)
             self._write(f"INSERT OR REPLACE INTO requests VALUES ({', '.join('?' * len(values))})", *values)
+
+    async def settle(self) -> None:
+        """Wait until everything queued so far is on disk."""
+        await self._write("SELECT 1").done.wait()
+
+    async def ask(self, query: str, *parameters: Any) -> list[dict[str, Any]]:
+        """The rows of a query, read beside the writer, in a thread. Raises sqlite3.Error."""
+
+        def read() -> list[dict[str, Any]]:
+            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)
+            try:
+                connection.row_factory = sqlite3.Row
+                return [dict(row) for row in connection.execute(query, parameters)]
+            finally:
+                connection.close()
+
+        return await trio.to_thread.run_sync(read)
+
+
+class RequestFilter(msgspec.Struct, frozen=True):
+    """Which requests of the log are wanted. `status`: `ok`, `failed`, `left` or an HTTP status."""
+
+    model: str = ""
+    status: str = ""
+    q: str = ""
+
+    def condition(self) -> tuple[str, list[Any]]:
+        """A WHERE condition and its parameters. Raises ClientError for a status that is none."""
+        terms: list[str] = ["1"]
+        parameters: list[Any] = []
+        if self.model:
+            terms.append("? IN (model, model_id)")
+            parameters.append(self.model)
+        if self.status:
+            known = {"ok": "status = 200", "failed": "status NOT IN (200, 499)", "left": "status = 499"}
+            if self.status not in known and not re.fullmatch("[1-5][0-9]{2}", self.status):
+                raise ClientError("status: expected ok, failed, left or an HTTP status.", param="status")
+            terms.append(known.get(self.status, f"status = {self.status}"))
+        if self.q:
+            fields = ("answer", "reasoning", "error", "request_id", "model", "client", "messages")
+            terms.append("(" + " OR ".join(f"{field} LIKE ? ESCAPE '!'" for field in fields) + ")")
+            # Messages are JSON: what they hold stands there with its escapes.
+            wanted = [self.q] * 6 + [encode_json(self.q).decode()[1:-1]]
+            parameters += ["%" + re.sub("([!%_])", r"!\1", each) + "%" for each in wanted]
+        return " AND ".join(terms), parameters
+
+
+PREVIEW_CHARACTERS = 160
+
+
+class RequestLog:
+    """Reads the request log: pages of it, one request whole, and how things went over time."""
+
+    _SUMMARY = (
+        "request_id, created_at, model, model_id, path, client, is_stream, status, outcome, session_id, "
+        "attempts, queued_seconds, first_byte_seconds, total_seconds, prompt_tokens, completion_tokens, "
+        f"error, substr(answer, 1, {PREVIEW_CHARACTERS}) AS preview"
+    )
+    _NEWEST_FIRST = "ORDER BY created_at DESC, rowid DESC"
+    # An answer that came in one piece has no speed.
+    _SPEED = (
+        "CASE WHEN total_seconds - first_byte_seconds > 0.1 "
+        "THEN completion_tokens / (total_seconds - first_byte_seconds) END"
+    )
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def page(self, wanted: RequestFilter, before: str, limit: int) -> list[dict[str, Any]]:
+        """Summaries, newest first: those that came before the request `before`, if that is not empty."""
+        condition, parameters = wanted.condition()
+        if before:
+            place = "SELECT created_at, rowid FROM requests WHERE request_id = ?"
+            condition += f" AND (created_at, rowid) < ({place})"
+            parameters.append(before)
+        query = f"SELECT {self._SUMMARY} FROM requests WHERE {condition} {self._NEWEST_FIRST} LIMIT {limit}"
+        return [self._read(row) for row in await self._store.ask(query, *parameters)]
+
+    async def whole(self, wanted: RequestFilter, before: str, limit: int) -> list[dict[str, Any]]:
+        """As `page`, with all that is stored of each request."""
+        ids = [row["request_id"] for row in await self.page(wanted, before, limit)]
+        condition = "request_id IN (SELECT value FROM json_each(?))"
+        query = f"SELECT * FROM requests WHERE {condition} {self._NEWEST_FIRST}"
+        return [self._read(row) for row in await self._store.ask(query, encode_json(ids).decode())]
+
+    async def one(self, request_id: str) -> dict[str, Any] | None:
+        await self._store.settle()
+        rows = await self._store.ask("SELECT * FROM requests WHERE request_id = ?", request_id)
+        return self._read(rows[0]) if rows else None
+
+    def _read(self, row: dict[str, Any]) -> dict[str, Any]:
+        row["is_stream"] = bool(row["is_stream"])
+        for name in row.keys() & {"messages", "parameters", "tries"}:
+            row[name] = msgspec.json.decode(row[name]) if row[name] else None
+        if "preview" not in row:
+            row["preview"] = row["answer"] and row["answer"][:PREVIEW_CHARACTERS]
+        return row
+
+    async def statistics(self, hours: float, bucket_seconds: float) -> dict[str, Any]:
+        """How things went in the last hours: by time, in buckets, and by model."""
+        until = math.ceil(time.time() / bucket_seconds) * bucket_seconds
+        count = round(hours * 3600 / bucket_seconds)
+        since = until - count * bucket_seconds
+        bucket = f"CAST((created_at - {since}) / {bucket_seconds} AS INTEGER)"
+        series: dict[str, Any] = {
+            "from": since,
+            "to": until,
+            "bucket_seconds": bucket_seconds,
+            "times": [since + number * bucket_seconds for number in range(count)],
+        }
+        totals = await self._count(bucket, since)
+        for name in ("requests", "errors"):
+            series[name] = [totals.get(number, {}).get(name, 0) for number in range(count)]
+        series["queue_depth"] = await self._queue_depths(since, bucket_seconds, count)
+        models = await self._count("model_id", since)
+        for name, value in (("first_byte_seconds", "first_byte_seconds"), ("tokens_per_second", self._SPEED)):
+            by_time = await self._percentiles(bucket, value, since)
+            series[name] = {
+                part: [by_time.get(number, {}).get(part) for number in range(count)]
+                for part in ("median", "p95")
+            }
+            by_model = await self._percentiles("model_id", value, since)
+            for model_id, model in models.items():
+                model[name] = by_model.get(model_id, {"median": None, "p95": None})
+        return series | {"models": [{"model_id": each, **model} for each, model in models.items()]}
+
+    async def _count(self, group: str, since: float) -> dict[Any, dict[str, Any]]:
+        query = f"""
+            SELECT {group} AS part, max(model) AS model, count(*) AS requests,
+                sum(status NOT IN (200, 499)) AS errors
+            FROM requests WHERE created_at >= ? GROUP BY part"""
+        return {row.pop("part"): row for row in await self._store.ask(query, since)}
+
+    async def _percentiles(self, group: str, value: str, since: float) -> dict[Any, dict[str, float]]:
+        query = f"""
+            SELECT part, max(CASE WHEN place = (number + 1) / 2 THEN value END) AS median,
+                max(CASE WHEN place = (number * 95 + 99) / 100 THEN value END) AS p95
+            FROM (
+                SELECT part, value, row_number() OVER (PARTITION BY part ORDER BY value) AS place,
+                    count(*) OVER (PARTITION BY part) AS number
+                FROM (SELECT {group} AS part, {value} AS value FROM requests
+                      WHERE created_at >= ? AND status = 200)
+                WHERE value IS NOT NULL
+            ) GROUP BY part"""
+        return {row.pop("part"): row for row in await self._store.ask(query, since)}
+
+    async def _queue_depths(self, since: float, bucket_seconds: float, count: int) -> list[int]:
+        """The most that waited at once, bucket by bucket: each wait is one more, and one less at its end."""
+        query = f"""
+            WITH waits AS (SELECT created_at AS starts, created_at + queued_seconds AS ends FROM requests
+                           WHERE created_at >= ? - 3600 AND queued_seconds > 0.001),
+            steps AS (SELECT starts AS time, 1 AS step FROM waits UNION ALL SELECT ends, -1 FROM waits),
+            depths AS (SELECT CAST((time - {since}) / {bucket_seconds} + 1e6 AS INTEGER) - 1000000 AS bucket,
+                       step, sum(step) OVER (ORDER BY time, step ROWS UNBOUNDED PRECEDING) AS depth
+                       FROM steps)
+            SELECT bucket, max(depth) AS most, sum(step) AS change FROM depths GROUP BY bucket"""
+        depths, waiting = [0] * count, 0
+        rows = {row["bucket"]: row for row in await self._store.ask(query, since)}
+        for number in range(min(rows, default=count), count):
+            row = rows.get(number, {"most": 0, "change": 0})
+            if number >= 0:
+                depths[number] = max(waiting, row["most"])
+            waiting += row["change"]
+        return depths
 
 
 # ==========================================================================================================
@@ -2555,6 +2796,17 @@ class MediaFiles:
 # it changes anything.
 
 
+class Try(msgspec.Struct):
+    """One attempt at an answer. Times are seconds since the request came; None is not yet, or never."""
+
+    session_id: str
+    bridge: int
+    started_seconds: float
+    first_byte_seconds: float | None = None
+    ended_seconds: float | None = None
+    problem: str | None = None
+
+
 class Lease:
     """One request's or opening's claim: its token, the session it holds, and what has become of it."""
 
@@ -2562,15 +2814,22 @@ class Lease:
         self.request_id, self.model, self.source = request_id, model, source
         self.session: Session | None = None
         self.has_token = False
-        self.last_session_id: str | None = None
         self.started_at = trio.current_time()
         self.admitted_at: float | None = None
         self.first_byte_at: float | None = None
-        self.attempts = 0
+        self.tries: list[Try] = []
 
     def __repr__(self) -> str:
         session = self.session.session_id if self.session else "no session"
         return f"<Lease {self.request_id} of {self.model.name}: {session}>"
+
+    @property
+    def last_session_id(self) -> str | None:
+        return self.tries[-1].session_id if self.tries else None
+
+    def seconds(self, time: float | None = None) -> float:
+        """How long after the request came that was, in Trio's time, or is now."""
+        return (trio.current_time() if time is None else time) - self.started_at
 
 
 class ModelPool:
@@ -2582,7 +2841,9 @@ class ModelPool:
         self.limiter = trio.CapacityLimiter(target)
         # Those that have a token, and those that wait for one.
         self.leases: set[Lease] = set()
-        self.waiters: set[Lease] = set()
+        self.waiters: dict[Lease, None] = {}
+        # Those that went last, and why: for the dashboard.
+        self.retired: deque[tuple[Session, str]] = deque(maxlen=4)
         self._idle: deque[Session] = deque()
 
     def __repr__(self) -> str:
@@ -2607,6 +2868,10 @@ class ModelPool:
         """How many sessions belong to these accounts."""
         wanted = set(accounts)
         return sum(session.account in wanted for session in self.sessions.values())
+
+    def resting(self, accounts: Set[str]) -> int:
+        """How many idle sessions belong to other accounts than these."""
+        return sum(session.account not in accounts for session in self._idle)
 
     def resize(self, accounts: Iterable[str]) -> None:
         """Set the number of tokens to what these accounts can use."""
@@ -2661,6 +2926,33 @@ class ModelPool:
         self.sessions.pop(session.session_id, None)
         if session in self._idle:
             self._idle.remove(session)
+
+    def describe(self, accounts: Set[str]) -> dict[str, object]:
+        """What the dashboard shows of it, and /api/state. Sessions of other accounts rest."""
+        return {
+            "model": self.model.name,
+            "model_id": self.model.id,
+            "modality": self.model.modality,
+            "requires_image": self.model.requires_image,
+            "sessions": len(self.sessions),
+            "idle": self.idle,
+            "busy": self.busy,
+            "resting": self.resting(accounts),
+            "opening": sum(lease.session is None for lease in self.leases),
+            "waiting": self.waiting,
+            "tokens": int(self.limiter.total_tokens),
+        }
+
+    def describe_sessions(self, accounts: Set[str]) -> Iterator[dict[str, object]]:
+        """What the dashboard shows of each session, with those retired last."""
+        holders = {id(lease.session): lease.request_id for lease in self.leases if lease.session}
+        for session in self.sessions.values():
+            request_id = holders.get(id(session))
+            state = "busy" if request_id else "idle" if session.account in accounts else "resting"
+            yield {**msgspec.structs.asdict(session), "state": state, "request_id": request_id}
+        for session, reason in self.retired:
+            if session.session_id not in self.sessions:
+                yield {**msgspec.structs.asdict(session), "state": "retired", "reason": reason}
 
 
 class SessionPool:
@@ -2720,11 +3012,11 @@ class SessionPool:
     async def acquire(self, lease: Lease) -> None:
         """Wait for a token, first come first served."""
         pool = self.of(lease.model.id)
-        pool.waiters.add(lease)
+        pool.waiters[lease] = None
         try:
             await pool.limiter.acquire_on_behalf_of(lease)
         finally:
-            pool.waiters.discard(lease)
+            del pool.waiters[lease]
         lease.has_token = True
         pool.leases.add(lease)
 
@@ -2814,6 +3106,7 @@ class SessionPool:
         if pool.sessions.get(session.session_id) is not session:
             return
         pool.drop(session)
+        pool.retired.append((session, reason))
         pool.resize(self._accounts)
         self._store.remove(session)
         self._bus.publish(SessionRetired(pool.model.name, session.session_id, reason))
@@ -2824,18 +3117,11 @@ class SessionPool:
 
     def snapshot(self) -> list[dict[str, object]]:
         """The `pool` part of /api/state."""
-        return [
-            {
-                "model": pool.model.name,
-                "model_id": pool.model.id,
-                "modality": pool.model.modality,
-                "sessions": len(pool.sessions),
-                "idle": pool.idle,
-                "busy": pool.busy,
-                "waiting": pool.waiting,
-            }
-            for pool in self
-        ]
+        return [pool.describe(self._accounts) for pool in self]
+
+    def describe_sessions(self) -> list[dict[str, object]]:
+        """The `sessions` part of /api/state."""
+        return [each for pool in self for each in pool.describe_sessions(self._accounts)]
 
 
 # ==========================================================================================================
@@ -2959,8 +3245,10 @@ class Bridge:
     def __init__(self, bridge_id: int, connection: trio_websocket.WebSocketConnection) -> None:
         self.id = bridge_id
         self.connected_at = datetime.now(UTC)
-        self.script = ""
+        self.script = self.url = ""
         self.account: str | None = None
+        # Of answers received, and of frames sent.
+        self.received_bytes = self.sent_bytes = 0
         self.reported: PageState = "loading"
         # What the site's answers say of the page, until it reports again.
         self.overruled: PageState | None = None
@@ -3033,6 +3321,7 @@ class Bridge:
                 message = await self._connection.get_message()
                 self._heard_at = trio.current_time()
                 if isinstance(message, bytes):
+                    self.received_bytes += len(message)
                     for exchange_id, data in split_records(message):
                         if exchange := self._exchanges.get(exchange_id):
                             exchange.feed(data)
@@ -3070,7 +3359,9 @@ class Bridge:
     async def _write(self) -> None:
         try:
             async for frame in self._outgoing:
-                await self._connection.send_message(msgspec.json.encode(frame).decode())
+                data = msgspec.json.encode(frame)
+                self.sent_bytes += len(data)
+                await self._connection.send_message(data.decode())
         except trio_websocket.ConnectionClosed:
             log.debug("Tab %d closed while the program was writing", self.id)
 
@@ -3155,6 +3446,14 @@ class RateLimitGate:
         measured = sum(start > since for start in self._starts) / self.MEASURED_SECONDS
         self.pace = max(self.SLOWEST, min(self.pace, measured) / 2)
 
+    def describe(self, account: str) -> dict[str, object]:
+        """What the dashboard shows of it."""
+        return {
+            "account": account,
+            "seconds": 0 if self.is_open else math.ceil(self.seconds),
+            "pace": None if self.pace == math.inf else round(self.pace, 1),
+        }
+
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
@@ -3226,6 +3525,9 @@ class Bridges:
         self._reloaded_at = -math.inf
         self._reload_turn = trio.Lock()
         self._stale_accounts: set[str] = set()
+        # Since the start; bytes of tabs that have gone.
+        self.rate_limited = self.reloads = 0
+        self._received_bytes = self._sent_bytes = 0
 
     def __iter__(self) -> Iterator[Bridge]:
         return iter(self._bridges.values())
@@ -3242,6 +3544,8 @@ class Bridges:
 
     def remove(self, bridge: Bridge, reason: str) -> None:
         """A connection is over, whether it ever said hello or not."""
+        self._received_bytes += bridge.received_bytes
+        self._sent_bytes += bridge.sent_bytes
         if self._bridges.pop(bridge.id, None):
             self._bus.publish(BridgeLost(bridge.id, reason))
             if not self._bridges:
@@ -3341,6 +3645,7 @@ class Bridges:
 
     def note_rate_limit(self, bridge: Bridge, retry_after_seconds: float | None) -> None:
         account = bridge.account or ""
+        self.rate_limited += 1
         was_open = self.gate(account).is_open
         seconds = self.gate(account).refuse(retry_after_seconds)
         if was_open:
@@ -3360,6 +3665,7 @@ class Bridges:
             self._reloaded_at = trio.current_time()
             if bridge.overruled == "verification":
                 self._at_check_until = self._reloaded_at + self._config.requests.person_wait_seconds
+            self.reloads += 1
             bridge.send(Reload(reason))
 
     def refresh_models(self) -> int:
@@ -3378,9 +3684,25 @@ class Bridges:
                 "script": bridge.script,
                 "connected_at": bridge.connected_at.isoformat(timespec="seconds"),
                 "in_flight": bridge.in_flight,
+                "url": bridge.url,
             }
             for bridge in self
         ]
+
+    def describe_gates(self) -> list[dict[str, object]]:
+        """The accounts that a 429 holds back: for how long, and at how many requests a second after that."""
+        gates = self._gates.items()
+        return [gate.describe(account) for account, gate in gates if not gate.is_open or gate.pace < math.inf]
+
+    @property
+    def received_bytes(self) -> int:
+        """Of answers, from all tabs since the start."""
+        return self._received_bytes + sum(bridge.received_bytes for bridge in self)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of frames, to all tabs since the start."""
+        return self._sent_bytes + sum(bridge.sent_bytes for bridge in self)
 
 
 class BridgeListener:
@@ -3473,7 +3795,7 @@ class BridgeListener:
         state = next((state for state in PAGE_STATES if state == hello.state), None)
         if state is None:
             raise ProtocolError(f"unknown state: {hello.state!r}")
-        bridge.script = hello.script
+        bridge.script, bridge.url = hello.script, hello.url
         bridge.send(Welcome(PROTOCOL, VERSION, self._config.arena.auth_cookie))
         self._bridges.add(bridge, hello.url, state, hello.account)
 
@@ -3647,7 +3969,8 @@ class Attempt:
         self._session = lease.session or Session(
             uuid7(), uuid7(), lease.model.id, self._account, lease.source, created_at=time.time()
         )
-        lease.last_session_id = self._session.session_id
+        self._try = Try(self._session.session_id, bridge.id, lease.seconds())
+        lease.tries.append(self._try)
 
     async def run(self, messages: Sequence[Message], sink: Sink) -> Finish | None:
         """From the request to the pool's bookkeeping; None when the sink had enough. Raises Setback."""
@@ -3656,14 +3979,19 @@ class Attempt:
                 finish = await self._exchange(messages, sink)
         except trio.TooSlowError:
             message = f"The site did not finish within {self._limits.exchange_seconds:g} s."
+            self._try.problem = message
             self._note_failure(message)
             raise _timed_out(message) from None
         except Setback as setback:
+            self._try.problem = str(setback)
             if setback.course == "counts" or setback.error.error_code == "timeout":
                 self._note_failure(str(setback))
             raise
         finally:
             self._bridges.gate(self._account).leave(self._lease)
+            self._try.ended_seconds = self._lease.seconds()
+            if self._lease.first_byte_at:
+                self._try.first_byte_seconds = self._lease.seconds(self._lease.first_byte_at)
         if self._lease.session:
             self._pool.note_use(self._session)
         elif finish:
@@ -3765,8 +4093,8 @@ class Relay:
     # Pauses between attempts, in seconds; the last one repeats.
     PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
 
-    def __init__(self, config: Config, pool: SessionPool, bridges: Bridges) -> None:
-        self._config, self._pool, self._bridges = config, pool, bridges
+    def __init__(self, config: Config, pool: SessionPool, bridges: Bridges, bus: EventBus) -> None:
+        self._config, self._pool, self._bridges, self._bus = config, pool, bridges, bus
 
     async def answer(
         self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
@@ -3821,12 +4149,14 @@ class Relay:
         patience_ends_at = math.inf
         while True:
             bridge = await self._choose(lease, limits)
-            lease.attempts += 1
             attempt = Attempt(self._config.arena, self._pool, self._bridges, bridge, lease, limits)
+            ids = (lease.request_id, lease.model.name, lease.tries[-1].session_id)
+            self._bus.publish(AttemptStarted(*ids, bridge.id, len(lease.tries)))
             try:
                 return await attempt.run(messages, sink)
             except Setback as setback:
                 error, course = setback.error, setback.course
+            self._bus.publish(AttemptFailed(*ids, len(lease.tries), course, error.message))
             if not sink.restart():
                 error.may_retry = False
                 raise error
@@ -3917,6 +4247,8 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         event = getattr(record, "event", None)
+        if event and not event.is_for_people:
+            return
         style = _LEVEL_STYLES.get(record.levelno) or _EVENT_STYLES.get(type(event), "")  # type: ignore[arg-type]
         if isinstance(event, ModelSkipped):
             self._show_skipped(event)
@@ -3962,7 +4294,7 @@ class Console:
             self.say(f"  {notice}", "bold yellow reverse")
         for label, value in (
             ("API", f"{api_url}/v1"),
-            ("state", f"{api_url}/api/state"),
+            ("dashboard", f"{api_url}/"),
             ("userscript", f"{api_url}/bridge.user.js  (open it in the browser once to install)"),
             ("bridge", bridge_url),
             ("models", f"{models}, with {sessions} conversations in the store"),
@@ -4359,9 +4691,273 @@ class Bootstrap:
 
     def snapshot(self) -> dict[str, object]:
         """The `bootstrap` part of /api/state."""
-        names = ("model", "model_id", "reason")
-        skipped = [{name: getattr(event, name) for name in names} for event in self._run.skipped.values()]
-        return {"phase": self.phase, "opened": self.opened, "planned": self.planned, "skipped": skipped}
+        run = self._run
+        return {
+            "phase": self.phase,
+            "detail": self.detail,
+            "settles_at": self.settles_at,
+            "opened": self.opened,
+            "planned": self.planned,
+            "progress": [
+                {"model_id": model_id, "opened": run.opened[model_id], "planned": planned}
+                for model_id, planned in run.planned.items()
+            ],
+            "skipped": [event.describe() for event in run.skipped.values()],
+        }
+
+
+# ==========================================================================================================
+# Monitoring
+# ==========================================================================================================
+#
+# What a dashboard and Prometheus are shown. Nothing here runs by itself: a feed goes on when somebody reads
+# it, and what one reader brought about is what all of them get.
+
+
+class LogTail(logging.Handler):
+    """The last lines of the log, for the dashboard. Each has a number, counted from the start."""
+
+    def __init__(self, size: int = 500) -> None:
+        super().__init__()
+        self._numbers = itertools.count(1)
+        self._lines: deque[dict[str, Any]] = deque(maxlen=size)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = getattr(record, "event", None)
+        story = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        self._lines.append(
+            {
+                "seq": next(self._numbers),
+                "time": record.created,
+                "level": record.levelname,
+                "event": type(event).__name__ if event else record.name,
+                "message": without_payloads(record.getMessage()),
+                "request_id": getattr(event, "request_id", None),
+                "traceback": story,
+            }
+        )
+
+    def since(self, number: int, at_most: int) -> list[dict[str, Any]]:
+        """The lines after a number, the newest of them."""
+        lines = itertools.takewhile(lambda line: line["seq"] > number, reversed(self._lines))
+        return [*itertools.islice(lines, at_most)][::-1]
+
+
+# The parts of a feed's document that are lists, and what names their entries.
+FEED_KEYS = {
+    "bridges": "id",
+    "gates": "account",
+    "pool": "model_id",
+    "sessions": "session_id",
+    "running": "request_id",
+}
+FeedDocument = dict[str, Any]
+
+
+def find_changes(old: FeedDocument, new: FeedDocument) -> dict[str, Any]:
+    """What is different in a feed's document: entries of its lists, and other parts whole."""
+    changes: dict[str, Any] = {}
+    gone: dict[str, list[Any]] = {}
+    for name, value in new.items():
+        if name not in FEED_KEYS:
+            if value != old.get(name) and name != "uptime_seconds":
+                changes[name] = value
+            continue
+        before = {each[FEED_KEYS[name]]: each for each in old.get(name, ())}
+        if changed := [each for each in value if before.pop(each[FEED_KEYS[name]], None) != each]:
+            changes[name] = changed
+        if before:
+            gone[name] = [*before]
+    return changes | ({"gone": gone} if gone else {})
+
+
+class Feed:
+    """What dashboards are shown: a document, and its changes, as server-sent events that all of them share.
+
+    `describe` returns the document. An event's id is the feed's own and a number; a reader that comes back
+    with one goes on after it, or begins anew when that is too long ago.
+    """
+
+    TICK_SECONDS, QUIET_SECONDS, KEPT_EVENTS = 0.25, 10, 100
+
+    def __init__(self, describe: Callable[[], FeedDocument], tail: LogTail) -> None:
+        self._describe, self._tail = describe, tail
+        self._name = secrets.token_hex(4)
+        self._number = 0
+        self._events: deque[tuple[int, bytes]] = deque(maxlen=self.KEPT_EVENTS)
+        self._document: FeedDocument = {}
+        self._line = 0
+        self._ended: list[dict[str, Any]] = []
+        self._next_at = -math.inf
+
+    def note_event(self, event: Event) -> None:
+        """The listener that keeps which requests ended, for the next change."""
+        if isinstance(event, RequestEnded) and trio.current_time() < self._next_at + self.QUIET_SECONDS:
+            whole = {"messages", "answer", "reasoning", "traceback", "tries", "parameters"}
+            summary = {name: getattr(event, name) for name in event.__struct_fields__ if name not in whole}
+            self._ended.append({**summary, "preview": event.answer and event.answer[:PREVIEW_CHARACTERS]})
+
+    def _advance(self) -> None:
+        """Take the next look, unless another reader just did."""
+        if trio.current_time() < self._next_at:
+            return
+        self._next_at = trio.current_time() + self.TICK_SECONDS
+        document = self._describe()
+        changes = find_changes(self._document, document)
+        if lines := self._tail.since(self._line, 200):
+            self._line = lines[-1]["seq"]
+            changes["log"] = lines
+        if self._ended:
+            changes["ended"], self._ended = self._ended, []
+        self._document = document
+        if changes:
+            self._number += 1
+            self._events.append((self._number, self._encode("change", changes)))
+
+    def _encode(self, kind: str, value: object) -> bytes:
+        return b"id: %b-%d\nevent: %b\ndata: %b\n\n" % (
+            *(self._name.encode(), self._number),
+            *(kind.encode(), msgspec.json.encode(value)),
+        )
+
+    def _find_place(self, last_event_id: str) -> int | None:
+        """The number after which a reader goes on; None when it has to begin anew."""
+        name, _, number = last_event_id.partition("-")
+        oldest = self._events[0][0] if self._events else self._number + 1
+        if name == self._name and number.isdecimal() and oldest - 1 <= int(number) <= self._number:
+            return int(number)
+        return None
+
+    async def follow(self, last_event_id: str) -> AsyncIterator[bytes]:
+        """Events for one reader, as long as it reads."""
+        self._advance()
+        place = self._find_place(last_event_id)
+        heard_at = -math.inf
+        while True:
+            if place is None or (self._events and place < self._events[0][0] - 1):
+                data = self._encode("snapshot", {**self._document, "log": self._tail.since(0, 200)})
+            else:
+                data = b"".join(event for number, event in self._events if number > place)
+            place = self._number
+            if not data and trio.current_time() > heard_at + self.QUIET_SECONDS:
+                data = SSE_COMMENT
+            if data:
+                heard_at = trio.current_time()
+                yield data
+            await trio.sleep_until(self._next_at)
+            self._advance()
+
+
+class Metrics:
+    """Prometheus metrics: what has ended is counted as it ends, what is now is looked up when asked for.
+
+    Where OpenTelemetry's conventions for generative AI have a name, it is that one.
+    """
+
+    # As OpenTelemetry advises, and further: a site is slower than an API.
+    _DURATIONS = (
+        0.01,
+        0.02,
+        0.04,
+        0.08,
+        0.16,
+        0.32,
+        0.64,
+        1.28,
+        2.56,
+        5.12,
+        10.24,
+        20.48,
+        40.96,
+        81.92,
+        300,
+        1800,
+    )
+    _FIRST_TOKENS = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 180)
+    _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+
+    def __init__(self, pool: SessionPool, bridges: Bridges) -> None:
+        self._pool, self._bridges = pool, bridges
+        # Else each count has another series, of when it began.
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        labels = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+        histogram = functools.partial(prometheus_client.Histogram, registry=registry)
+        self._requests = prometheus_client.Counter(
+            "lmarena_proxy_requests", "Requests that ended.", ("model", "outcome"), registry=registry
+        )
+        self._queue = histogram(
+            "lmarena_proxy_request_queue_seconds",
+            *("From a request to its model's token.", ("model",)),
+            buckets=self._DURATIONS,
+        )
+        self._duration = histogram(
+            "gen_ai_server_request_duration_seconds",
+            *("From a request to the end of its answer.", (*labels, "error_type")),
+            buckets=self._DURATIONS,
+        )
+        self._first_token = histogram(
+            "gen_ai_server_time_to_first_token_seconds",
+            *("From a request to the first of its answer.", labels),
+            buckets=self._FIRST_TOKENS,
+        )
+        self._tokens = histogram(
+            "gen_ai_client_token_usage",
+            *("Tokens of answered requests, partly estimated.", (*labels, "gen_ai_token_type")),
+            buckets=self._TOKENS,
+        )
+        registry.register(self)
+
+    def note_event(self, event: Event) -> None:
+        """The listener that counts requests."""
+        if not isinstance(event, RequestEnded):
+            return
+        model = self._pool.of(event.model_id).model.name
+        operation = "chat" if event.path == "/v1/chat/completions" else "image_generation"
+        labels = (operation, "lmarena", model)
+        self._requests.labels(model, event.outcome).inc()
+        self._queue.labels(model).observe(event.queued_seconds)
+        error = "" if event.status == 200 else event.outcome
+        self._duration.labels(*labels, error).observe(event.total_seconds)
+        if event.first_byte_seconds is not None:
+            self._first_token.labels(*labels).observe(event.first_byte_seconds)
+        if event.prompt_tokens is not None and event.completion_tokens is not None:
+            self._tokens.labels(*labels, "input").observe(event.prompt_tokens)
+            self._tokens.labels(*labels, "output").observe(event.completion_tokens)
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """What is now, in Prometheus' terms: called by the registry."""
+        sessions: Counter[str] = Counter(idle=0, busy=0, resting=0)
+        waiting = running = 0
+        for pool in self._pool:
+            resting = pool.resting(self._bridges.accounts())
+            sessions.update(idle=pool.idle - resting, busy=pool.busy, resting=resting)
+            waiting += pool.waiting
+            running += len(pool.leases)
+        states = [bridge.state for bridge in self._bridges]
+        tabs = {state: states.count(state) for state in PAGE_STATES}
+        for name, text, values in (
+            ("sessions", "Conversations of the pool.", sessions),
+            ("bridges", "Connected tabs.", tabs),
+        ):
+            family = GaugeMetricFamily(f"lmarena_proxy_{name}", text, labels=("state",))
+            for state, value in values.items():
+                family.add_metric((state,), value)
+            yield family
+        yield GaugeMetricFamily(
+            "lmarena_proxy_waiting_requests", "Requests in their models' queues.", waiting
+        )
+        yield GaugeMetricFamily(
+            "lmarena_proxy_running_requests", "Requests and openings with a token.", running
+        )
+        bridges = self._bridges
+        for name, text, count in (
+            ("rate_limited", "Refusals of the site with status 429.", bridges.rate_limited),
+            ("page_reloads", "Reloads that tabs were asked for.", bridges.reloads),
+            ("bridge_received_bytes", "Of answers, from the tabs.", bridges.received_bytes),
+            ("bridge_sent_bytes", "Of frames, to the tabs.", bridges.sent_bytes),
+        ):
+            yield CounterMetricFamily(f"lmarena_proxy_{name}", text, count)
 
 
 # ==========================================================================================================
@@ -4404,6 +5000,12 @@ class HttpRequest:
         self._has_whole_body = False
         # Sent with every response to this request, whoever renders it.
         self.extra_headers: dict[str, str] = {"x-request-id": self.id}
+
+    @property
+    def client_name(self) -> str:
+        """Who asks: its address, and the program's own name for itself."""
+        address = self.client[0] if self.client else ""
+        return " · ".join(filter(None, (address, self.headers.get("user-agent", "")[:80])))
 
     async def receive(self) -> Any:
         """An ASGI receive that knows where the body ends, and tells nothing after the answer's end.
@@ -4713,18 +5315,113 @@ class Choice:
         self._reply.close(self._index, self.answer)
 
 
-_DATA_PAYLOAD = re.compile(r"(data:[\w.+-]+/[\w.+-]+(?:;[\w.=+-]{1,80}){0,5},)[^\s\"'<>)]{64,}+")
-
-
-def _without_payloads(text: str) -> str:
-    """A text as it may be logged: what data: URLs hold is left out."""
-    return _DATA_PAYLOAD.sub(r"\1...", text) if "data:" in text else text
-
-
 def _for_log(message: Message) -> dict[str, object]:
     # Attachments are data: URLs; only their names are kept.
     names = [attachment.name for attachment in message.attachments]
-    return {"role": message.role, "content": _without_payloads(message.content), "attachments": names}
+    return {"role": message.role, "content": without_payloads(message.content), "attachments": names}
+
+
+class Running:
+    """A request that is being answered."""
+
+    def __init__(self, reply: Reply, choices: Sequence[Choice], received_at: float) -> None:
+        self.reply, self.choices, self.received_at = reply, choices, received_at
+        self.scope = trio.CancelScope()
+        # What its client is told, if it is ended before its time.
+        self.ending: ApiError | None = None
+        self._counted = self._characters = 0
+
+    @property
+    def leases(self) -> list[Lease]:
+        return [choice.lease for choice in self.choices]
+
+    def end(self, message: str, code: str) -> None:
+        self.ending = BridgeError(message, code=code, may_retry=False)
+        self.scope.cancel()
+
+    def describe(self, place: int | None) -> dict[str, object]:
+        """What a dashboard shows of it; `place` is its own in the model's queue, counted from 1."""
+        lease, texts = self.leases[0], self.choices[0].answer.texts
+        if lease.first_byte_at:
+            state = "streaming"
+        elif lease.has_token:
+            state = "waiting_for_first_byte"
+        else:
+            state = "queued" if place else "waiting_for_tab"
+        if len(texts) < self._counted:
+            self._counted = self._characters = 0
+        self._characters += sum(map(len, texts[self._counted :]))
+        self._counted = len(texts)
+        return {
+            "request_id": self.reply.http.id,
+            "created_at": self.received_at,
+            "model": self.reply.asked.model,
+            "model_id": lease.model.id,
+            "client": self.reply.http.client_name,
+            "path": self.reply.http.path,
+            "is_stream": self.reply.asked.stream,
+            "state": state,
+            "place": place,
+            "attempts": len(lease.tries),
+            "session_id": lease.last_session_id,
+            "preview": "".join(texts[-PREVIEW_CHARACTERS:])[-PREVIEW_CHARACTERS:],
+            "characters": self._characters,
+        }
+
+    def describe_whole(self) -> dict[str, object]:
+        """The same with all there is so far, in the form of the request log."""
+        lease = self.leases[0]
+        return {
+            **self.describe(None),
+            **self._contents(),
+            "parameters": self.reply.asked.parameters,
+            "queued_seconds": lease.seconds(lease.admitted_at),
+            "total_seconds": lease.seconds(),
+            "tries": [each for lease in self.leases for each in lease.tries],
+        }
+
+    def _contents(self) -> dict[str, Any]:
+        answers = [choice.answer for choice in self.choices]
+        return {
+            "messages": [*map(_for_log, self.reply.asked.messages)],
+            "answer": "\n\n".join(without_payloads(answer.text) for answer in answers),
+            "reasoning": "\n\n".join(answer.reasoning for answer in answers),
+        }
+
+    def tell(
+        self, status: int, outcome: str, failure: Exception | None, *, has_contents: bool
+    ) -> RequestEnded:
+        """Its whole story; of several choices, the first byte and the longest wait count."""
+        now = trio.current_time()
+        http, asked, leases = self.reply.http, self.reply.asked, self.leases
+        first_bytes = [lease.first_byte_at for lease in leases if lease.first_byte_at]
+        usage = sum_usage([choice.answer for choice in self.choices]) if status == 200 else None
+        contents = self._contents() if has_contents else {}
+        return RequestEnded(
+            request_id=http.id,
+            created_at=self.received_at,
+            model=asked.model,
+            model_id=leases[0].model.id,
+            is_stream=asked.stream,
+            status=status,
+            outcome=outcome,
+            session_id=leases[0].last_session_id,
+            attempts=sum(len(lease.tries) for lease in leases),
+            queued_seconds=max((lease.admitted_at or now) - lease.started_at for lease in leases),
+            first_byte_seconds=leases[0].seconds(min(first_bytes)) if first_bytes else None,
+            total_seconds=leases[0].seconds(),
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            completion_tokens=usage.completion_tokens if usage else None,
+            messages=encode_json(contents["messages"]).decode() if contents else None,
+            answer=contents.get("answer"),
+            path=http.path,
+            client=http.client_name,
+            parameters=encode_json(asked.parameters).decode(),
+            reasoning=contents.get("reasoning") or None,
+            error=str(failure) or repr(failure) if failure else None,
+            traceback="".join(traceback.format_exception(failure)) if failure else None,
+            tries=encode_json([each for lease in leases for each in lease.tries]).decode(),
+        )
 
 
 class Answers:
@@ -4736,11 +5433,11 @@ class Answers:
         self, config: Config, pool: SessionPool, relay: Relay, media: MediaFiles, bus: EventBus
     ) -> None:
         self._config, self._pool, self._relay, self._media, self._bus = config, pool, relay, media, bus
-        self._running: dict[str, trio.CancelScope] = {}
+        self._running: dict[str, Running] = {}
         self._idle = trio.Event()
         self._is_draining = False
         self._told_ignored: set[str] = set()
-        self.completed = self.failed = 0
+        self.completed = self.failed = self.left = 0
 
     @property
     def active(self) -> int:
@@ -4753,8 +5450,23 @@ class Answers:
             with trio.move_on_after(seconds):
                 while self._running:
                     await self._idle.wait()
-            for scope in self._running.values():
-                scope.cancel()
+            for running in self._running.values():
+                running.end("The program is shutting down.", "shutting_down")
+
+    def abort(self, request_id: str) -> bool:
+        """The person wants a request to end. False when it does not run."""
+        if running := self._running.get(request_id):
+            running.end("The request was aborted at the dashboard.", "aborted")
+        return running is not None
+
+    def describe_running(self, at_most: int = 300) -> list[dict[str, object]]:
+        """The `running` part of /api/state, oldest first."""
+        places = {lease: place for pool in self._pool for place, lease in enumerate(pool.waiters, start=1)}
+        some = itertools.islice(self._running.values(), at_most)
+        return [running.describe(places.get(running.leases[0])) for running in some]
+
+    def running(self, request_id: str) -> Running | None:
+        return self._running.get(request_id)
 
     async def answer(self, http: HttpRequest) -> None:
         """Answer one request. Raises ApiError for what can be told before an answer is tried."""
@@ -4776,7 +5488,7 @@ class Answers:
         ]
         async with trio.open_nursery() as nursery:
             reply.begin(nursery)
-            await self._carry_out(reply, choices, received_at)
+            await self._carry_out(Running(reply, choices, received_at))
             nursery.cancel_scope.cancel()
 
     async def _read(self, http: HttpRequest) -> AnswerRequest:
@@ -4808,28 +5520,30 @@ class Answers:
         form = StreamedReply if asked.stream else WholeReply
         return form(http, asked, self._config.requests)
 
-    async def _carry_out(self, reply: Reply, choices: Sequence[Choice], received_at: float) -> None:
+    async def _carry_out(self, running: Running) -> None:
+        reply, choices = running.reply, running.choices
         status, outcome = 499, "client_left"
-        self._running[reply.http.id] = scope = trio.CancelScope()
+        failure: Exception | None = None
+        self._running[reply.http.id] = running
         try:
-            with scope:
+            with running.scope:
                 await self._answer_all(reply, choices)
                 answers = [choice.answer for choice in choices]
                 await reply.finish(answers)
                 status, outcome = 200, answers[0].finish_reason
-            if scope.cancelled_caught:
-                raise BridgeError("The program is shutting down.", code="shutting_down", may_retry=False)
+            if running.scope.cancelled_caught and running.ending:
+                raise running.ending
         except ClientLeft:
             log.info("Request %s: the client does not read any more", reply.http.id)
         except ApiError as error:
-            status, outcome = error.http_status, error.error_code
+            status, outcome, failure = error.http_status, error.error_code, error
             await self._fail(reply, error)
-        except Exception:
-            status, outcome = 500, "internal_error"
+        except Exception as error:
+            status, outcome, failure = 500, "internal_error", error
             log.exception("Request %s met an error in the program", reply.http.id)
             await self._fail(reply, ApiError("The program has an error; its log has the whole story."))
         finally:
-            self._note_ended(reply, choices, received_at, status, outcome)
+            self._note_ended(running, status, outcome, failure)
             del self._running[reply.http.id]
             if not self._running:
                 self._idle.set()
@@ -4874,42 +5588,13 @@ class Answers:
             answer_bytes=self._config.limits.answer_mb << 20,
         )
 
-    def _note_ended(
-        self, reply: Reply, choices: Sequence[Choice], received_at: float, status: int, outcome: str
-    ) -> None:
-        """Count it and tell of it; of several choices, the first byte and the longest wait count."""
-        now = trio.current_time()
+    def _note_ended(self, running: Running, status: int, outcome: str, failure: Exception | None) -> None:
+        """Count it and tell of it."""
         self.completed += status == 200
+        self.left += status == 499
         self.failed += status not in (200, 499)
         has_contents = self._config.log.contents
-        leases = [choice.lease for choice in choices]
-        answers = [choice.answer for choice in choices]
-        first_bytes = [lease.first_byte_at for lease in leases if lease.first_byte_at]
-        usage = sum_usage(answers) if status == 200 else None
-        self._bus.publish(
-            RequestEnded(
-                request_id=reply.http.id,
-                created_at=received_at,
-                model=reply.asked.model,
-                model_id=leases[0].model.id,
-                is_stream=reply.asked.stream,
-                status=status,
-                outcome=outcome,
-                session_id=leases[0].last_session_id,
-                attempts=sum(lease.attempts for lease in leases),
-                queued_seconds=max((lease.admitted_at or now) - lease.started_at for lease in leases),
-                first_byte_seconds=min(first_bytes) - leases[0].started_at if first_bytes else None,
-                total_seconds=now - leases[0].started_at,
-                prompt_tokens=usage.prompt_tokens if usage else None,
-                completion_tokens=usage.completion_tokens if usage else None,
-                messages=encode_json([*map(_for_log, reply.asked.messages)]).decode()
-                if has_contents
-                else None,
-                answer="\n\n".join(_without_payloads(answer.text) for answer in answers)
-                if has_contents
-                else None,
-            )
-        )
+        self._bus.publish(running.tell(status, outcome, failure, has_contents=has_contents))
 
 
 class Admission:
@@ -5087,9 +5772,36 @@ def _json(value: object, status: int = 200) -> Response:
 
 
 class BootstrapAction(msgspec.Struct):
-    """The body of POST /api/bootstrap."""
+    """The body of POST /api/bootstrap. `models`: ids of those that a start is for, if not for all."""
 
     action: Literal["start", "abort"]
+    models: frozenset[str] = frozenset()
+
+
+class OneMore(msgspec.Struct):
+    """The body of POST /api/sessions."""
+
+    model_id: str
+
+
+_ActionBody = TypeVar("_ActionBody", BootstrapAction, OneMore)
+
+
+async def _read_action(form: type[_ActionBody]) -> _ActionBody:
+    try:
+        return msgspec.json.decode(await request.get_data(), type=form)
+    except msgspec.ValidationError as error:
+        raise _invalid(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ClientError(f"The body is not JSON: {error}.") from None
+
+
+def _read_number(name: str, default: int, at_most: int) -> int:
+    """A whole number from 1 of the query. Raises ClientError."""
+    text = request.args.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,6}", text) or not 1 <= int(text) <= at_most:
+        raise ClientError(f"{name}: expected a whole number from 1 to {at_most}.", param=name)
+    return int(text)
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -5101,9 +5813,16 @@ class Operation(msgspec.Struct, frozen=True):
     answer: dict[str, Any]
     body: dict[str, Any] = {}
     status: int = 200
+    query: dict[str, Any] = {}
 
 
 _JSON, _OBJECT, _FILE = "application/json", {"type": "object"}, {"type": "string", "format": "binary"}
+_STRING = {"type": "string"}
+_FILTER = {
+    "model": _STRING,
+    "status": {"pattern": "^(|ok|failed|left|[1-5][0-9]{2})$", **_STRING},
+    "q": _STRING,
+}
 _EDIT = {
     "type": "object",
     "required": ["model", "prompt", "image"],
@@ -5129,17 +5848,42 @@ OPERATIONS = (
     ),
     Operation("get", "/api/state", "Tabs, bootstrap, pool and requests", {_JSON: _OBJECT}),
     Operation(
+        "get", "/api/events", "The state, and then its changes as they come", {"text/event-stream": {}}
+    ),
+    Operation(
+        *("get", "/api/requests", "The request log, newest first", {_JSON: _OBJECT}),
+        query={**_FILTER, "before": _STRING, "limit": {"type": "integer", "minimum": 1, "maximum": 500}},
+    ),
+    Operation("get", "/api/requests/{request_id}", "One request whole", {_JSON: _OBJECT}),
+    Operation("delete", "/api/requests/{request_id}", "Abort a running request", {_JSON: _OBJECT}),
+    Operation(
+        *("get", "/api/requests/export", "All that is stored of requests"),
+        {"application/jsonl": _STRING, "text/csv": _STRING},
+        query={**_FILTER, "format": {"enum": ["jsonl", "csv"]}},
+    ),
+    Operation(
+        *("get", "/api/statistics", "How things went, by time and by model", {_JSON: _OBJECT}),
+        query={"hours": {"enum": [1, 24]}},
+    ),
+    Operation("get", "/api/settings", "The configuration in force", {_JSON: _OBJECT}),
+    Operation(
         "post", "/api/bootstrap", "As Enter and Ctrl-C do", {_JSON: _OBJECT}, {_JSON: BootstrapAction}, 202
     ),
     Operation("post", "/api/models/refresh", "Ask the tabs for their models", {_JSON: _OBJECT}, status=202),
+    Operation("post", "/api/sessions", "Open one more conversation", {_JSON: _OBJECT}, {_JSON: OneMore}, 201),
     Operation("delete", "/api/sessions/{session_id}", "Retire a conversation", {_JSON: _OBJECT}),
+    Operation("get", "/metrics", "For Prometheus", {"text/plain": _STRING}),
     Operation("get", "/health", "Whether the program lives", {_JSON: _OBJECT}),
+    Operation("get", "/ready", "Whether a tab is ready; 503 while none is", {_JSON: _OBJECT}),
 )
 
 
 def describe_api() -> dict[str, Any]:
     """The OpenAPI document. Its schemas are the structs' that read and write the bodies."""
-    structs = (ChatBody, ImageBody, Completion, Pictures, ModelCard, ModelList, BootstrapAction, ErrorBody)
+    structs = (
+        *(ChatBody, ImageBody, Completion, Pictures, ModelCard, ModelList),
+        *(BootstrapAction, OneMore, ErrorBody),
+    )
     references, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     known: dict[type, dict[str, Any]] = dict(zip(structs, references, strict=True))
 
@@ -5155,7 +5899,10 @@ def describe_api() -> dict[str, Any]:
         answer = {"description": each.summary, "content": content(each.answer)}
         described: dict[str, Any] = {
             "summary": each.summary,
-            "parameters": [{"name": name, **place} for name in re.findall("{(.+?)}", each.path)],
+            "parameters": [
+                *({"name": name, **place} for name in re.findall("{(.+?)}", each.path)),
+                *({"name": name, "in": "query", "schema": schema} for name, schema in each.query.items()),
+            ],
             "responses": {str(each.status): answer, "default": error},
         }
         if each.body:
@@ -5171,8 +5918,98 @@ def describe_api() -> dict[str, Any]:
     }
 
 
-class Api:
-    """The HTTP surface: routes, and the server under them."""
+# Rule, method and view.
+Route = tuple[str, str, Callable[..., Awaitable[Response]]]
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """One value of the configuration in force, and where it came from."""
+
+    key: str
+    value: object
+    default: object
+    source: str
+    is_secret: bool = False
+
+
+def list_settings(config: Config, sources: Mapping[str, str]) -> list[Setting]:
+    """All settings. `sources` has those that are not the defaults, by their keys."""
+    settings = []
+    for table, section in msgspec.structs.asdict(config).items():
+        defaults = msgspec.structs.asdict(type(section)())
+        for name, value in msgspec.structs.asdict(section).items():
+            key, default, is_secret = f"{table}.{name}", defaults[name], name == "api_key"
+            source = sources.get(key, "default") if value != default else "default"
+            shown = ("set" if value else "") if is_secret else value
+            settings.append(Setting(key, shown, default, source, is_secret))
+    return settings
+
+
+def _csv_cell(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula."""
+    text = encode_json(value).decode() if isinstance(value, list | dict) else value
+    return f"'{text}" if isinstance(text, str) and text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+# The page loads nothing from elsewhere, and runs nothing that is not a file of its own.
+_PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: https:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+_PAGE_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+
+async def _serve_page(name: str = "index.html") -> Response:
+    """A file of the dashboard's directory, and of no other."""
+    kind = _PAGE_TYPES.get(Path(name).suffix)
+    try:
+        path = (HERE / "dashboard" / name).resolve()
+        if kind is None or not path.is_relative_to(HERE / "dashboard"):
+            raise FileNotFoundError
+        data = await trio.Path(path).read_bytes()
+    except (OSError, ValueError):
+        raise ClientError(f"There is no {request.path}.", status=404, code="not_found") from None
+    etag = hashlib.sha256(data).hexdigest()[:32]
+    headers = {**_PAGE_HEADERS, "etag": f'"{etag}"'}
+    if request.if_none_match.contains(etag):
+        return Response(status=304, headers=headers)
+    return Response(data, headers=headers, content_type=kind)
+
+
+async def _write_export(requests: RequestLog, wanted: RequestFilter, form: str) -> AsyncIterator[bytes]:
+    """All that is stored of the wanted requests, newest first, a few at a time."""
+    before = ""
+    if form == "csv":
+        yield b"\xef\xbb\xbf"  # Without it spreadsheets take UTF-8 for something else.
+    while rows := await requests.whole(wanted, before, 200):
+        lines = io.StringIO()
+        table = csv.DictWriter(lines, rows[0].keys())
+        if form == "csv" and not before:
+            table.writeheader()
+        for row in rows:
+            if form == "csv":
+                table.writerow({name: _csv_cell(value) for name, value in row.items()})
+            else:
+                lines.write(encode_json(row).decode() + "\n")
+        before = rows[-1]["request_id"]
+        yield lines.getvalue().encode()
+
+
+class ControlPanel:
+    """The dashboard and what it is made of: the state and its changes, the request log, actions, metrics."""
+
+    # By the hours asked for: how long a bucket of the series is.
+    BUCKETS: ClassVar[dict[int, int]] = {1: 60, 24: 900}
 
     def __init__(
         self,
@@ -5181,10 +6018,180 @@ class Api:
         bridges: Bridges,
         bootstrap: Bootstrap,
         answers: Answers,
-        media: MediaFiles,
+        requests: RequestLog,
+        tail: LogTail,
+        bus: EventBus,
     ) -> None:
         self._config, self._pool, self._bridges, self._bootstrap = config, pool, bridges, bootstrap
-        self._answers, self._media = answers, media
+        self._answers, self._requests = answers, requests
+        self._feed, self._metrics = Feed(self.describe, tail), Metrics(pool, bridges)
+        bus.subscribe(self._feed.note_event)
+        bus.subscribe(self._metrics.note_event)
+        self._started_at = time.time()
+        self.urls: dict[str, str] = {}
+        self.is_demo = False
+        # The file of the configuration, and by key, where what is not a default came from.
+        self.config_file = ""
+        self.sources: Mapping[str, str] = {}
+
+    def routes(self) -> list[Route]:
+        """Everything here."""
+        return [
+            ("/", "GET", _serve_page),
+            ("/dashboard/<path:name>", "GET", _serve_page),
+            ("/metrics", "GET", self._get_metrics),
+            ("/api/state", "GET", self._state),
+            ("/api/events", "GET", self._events),
+            ("/api/requests", "GET", self._page),
+            ("/api/requests/export", "GET", self._export),
+            ("/api/requests/<request_id>", "GET", self._request),
+            ("/api/requests/<request_id>", "DELETE", self._abort_request),
+            ("/api/statistics", "GET", self._statistics),
+            ("/api/settings", "GET", self._settings),
+            ("/api/bootstrap", "POST", self._control_bootstrap),
+            ("/api/models/refresh", "POST", self._refresh_models),
+            ("/api/sessions", "POST", self._open_session),
+            ("/api/sessions/<session_id>", "DELETE", self._delete_session),
+        ]
+
+    # What there is
+
+    def describe(self) -> FeedDocument:
+        """What /api/state says, and the feed."""
+        obstacle, answers = self._bridges.obstacle(), self._answers
+        return {
+            "version": VERSION,
+            "uptime_seconds": round(time.time() - self._started_at, 3),
+            "is_demo": self.is_demo,
+            "urls": self.urls,
+            "needs_key": bool(self._config.server.api_key),
+            "person": {"state": obstacle.state, "advice": obstacle.advice} if obstacle else None,
+            "bridges": self._bridges.snapshot(),
+            "gates": self._bridges.describe_gates(),
+            "bootstrap": self._bootstrap.snapshot(),
+            "pool": self._pool.snapshot(),
+            "sessions": self._pool.describe_sessions(),
+            "requests": {
+                "active": answers.active,
+                "completed": answers.completed,
+                "failed": answers.failed,
+                "left": answers.left,
+            },
+            "running": answers.describe_running(),
+            "violations": self._pool.violations(),
+        }
+
+    async def _state(self) -> Response:
+        return _json(self.describe())
+
+    async def _events(self) -> Response:
+        response = Response(
+            self._feed.follow(request.headers.get("last-event-id", "")),
+            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+            content_type="text/event-stream; charset=utf-8",
+        )
+        response.timeout = None
+        return response
+
+    async def _get_metrics(self) -> Response:
+        text = prometheus_client.generate_latest(self._metrics.registry)
+        return Response(text, content_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    async def _settings(self) -> Response:
+        return _json({"file": self.config_file, "settings": list_settings(self._config, self.sources)})
+
+    # The request log
+
+    def _filter(self) -> RequestFilter:
+        return RequestFilter(*(request.args.get(name, "") for name in ("model", "status", "q")))
+
+    async def _page(self) -> Response:
+        limit = _read_number("limit", 50, 500)
+        rows = await self._requests.page(self._filter(), request.args.get("before", ""), limit)
+        return _json({"data": rows, "next": rows[-1]["request_id"] if len(rows) == limit else None})
+
+    async def _request(self, request_id: str) -> Response:
+        running = self._answers.running(request_id)
+        found = running.describe_whole() if running else await self._requests.one(request_id)
+        if found is None:
+            message = f"There is no request {request_id}."
+            raise ClientError(message, status=404, code="not_found", param="request_id")
+        return _json({**found, "is_running": running is not None})
+
+    async def _abort_request(self, request_id: str) -> Response:
+        if not self._answers.abort(request_id):
+            message = f"The request {request_id} is not running."
+            raise ClientError(message, status=404, code="not_found", param="request_id")
+        return _json({"aborted": request_id})
+
+    async def _export(self) -> Response:
+        wanted, form = self._filter(), request.args.get("format", "jsonl")
+        wanted.condition()  # Raises before the status is sent.
+        if form not in ("jsonl", "csv"):
+            raise ClientError("format: expected jsonl or csv.", param="format")
+        response = Response(
+            _write_export(self._requests, wanted, form),
+            headers={"content-disposition": f'attachment; filename="requests.{form}"'},
+            content_type="text/csv; charset=utf-8" if form == "csv" else "application/jsonl",
+        )
+        response.timeout = None
+        return response
+
+    async def _statistics(self) -> Response:
+        hours = _read_number("hours", 1, 24)
+        if hours not in self.BUCKETS:
+            raise ClientError("hours: expected 1 or 24.", param="hours")
+        return _json(await self._requests.statistics(hours, self.BUCKETS[hours]))
+
+    # What can be done
+
+    async def _control_bootstrap(self) -> Response:
+        asked = await _read_action(BootstrapAction)
+        if unknown := [each for each in asked.models if self._pool.catalog.get(each) is None]:
+            raise ClientError(f"models: there is no model with the id {unknown[0]}.", param="models")
+        start = functools.partial(self._bootstrap.start, asked.models)
+        if not (start if asked.action == "start" else self._bootstrap.abort)():
+            message = f"Bootstrap is {self._bootstrap.phase}; {asked.action} has no meaning now."
+            raise ClientError(message, status=409, code="conflict")
+        return _json(self._bootstrap.snapshot(), 202)
+
+    async def _refresh_models(self) -> Response:
+        return _json({"asked": self._bridges.refresh_models()}, 202)
+
+    async def _open_session(self) -> Response:
+        asked = await _read_action(OneMore)
+        model = self._pool.catalog.get(asked.model_id)
+        if model is None:
+            raise ClientError(f"There is no model with the id {asked.model_id}.", param="model_id")
+        if model.requires_image:
+            message = f"{model.name} works on an image: a request that carries one opens its conversations."
+            raise ClientError(message, param="model_id")
+        return _json(await self._bootstrap.open_one(model), 201)
+
+    async def _delete_session(self, session_id: str) -> Response:
+        session = self._pool.find(session_id)
+        if session is None:
+            raise ClientError(
+                f"There is no session {session_id}.", status=404, code="not_found", param="session_id"
+            )
+        self._pool.retire(session, "by the person")
+        return _json({"deleted": session_id})
+
+
+class Api:
+    """The HTTP surface: routes, and the server under them."""
+
+    def __init__(
+        self,
+        config: Config,
+        pool: SessionPool,
+        bridges: Bridges,
+        answers: Answers,
+        media: MediaFiles,
+        panel: ControlPanel,
+    ) -> None:
+        self._config, self._pool, self._bridges = config, pool, bridges
+        self._answers, self._media, self._panel = answers, media, panel
         self.bridge_url = ""
         self.url = ""
         self._started_at = time.time()
@@ -5195,6 +6202,11 @@ class Api:
         listener = HttpListener(self._app, self._config.server, self._config.limits.connections)
         async with trio.open_nursery() as nursery:
             self.url = await nursery.start(listener.serve)
+            self._panel.urls = {
+                "api": f"{self.url}/v1",
+                "userscript": f"{self.url}/bridge.user.js",
+                "bridge": self.bridge_url,
+            }
             task_status.started(self.url)
 
     def _build(self) -> ApiApp:
@@ -5205,8 +6217,7 @@ class Api:
         # Quart's own limits end a stream silently after 60 s, and cap bodies at 16 MB.
         app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=self._config.server.max_body_mb << 20)
         app.errorhandler(Exception)(self._tell_error)
-        for rule, method, view in (
-            ("/", "GET", self._index),
+        own: list[Route] = [
             ("/health", "GET", self._health),
             ("/ready", "GET", self._ready),
             ("/bridge.user.js", "GET", self._userscript),
@@ -5214,11 +6225,8 @@ class Api:
             ("/v1/models/<path:name>", "GET", self._model),
             ("/media/<name>", "GET", self._media_file),
             ("/openapi.json", "GET", self._openapi),
-            ("/api/state", "GET", self._state),
-            ("/api/bootstrap", "POST", self._control_bootstrap),
-            ("/api/models/refresh", "POST", self._refresh_models),
-            ("/api/sessions/<session_id>", "DELETE", self._delete_session),
-        ):
+        ]
+        for rule, method, view in own + self._panel.routes():
             app.add_url_rule(rule, view.__name__, view, methods=[method])
         return app
 
@@ -5243,16 +6251,6 @@ class Api:
         if error.retry_after is not None:
             response.headers["retry-after"] = str(error.retry_after)
         return response
-
-    async def _index(self) -> Response:
-        lines = (
-            f"lmarena_proxy {VERSION}",
-            "",
-            f"OpenAI base URL   {self.url}/v1",
-            f"state             {self.url}/api/state",
-            f"userscript        {self.url}/bridge.user.js",
-        )
-        return Response("\n".join(lines) + "\n", content_type="text/plain; charset=utf-8")
 
     async def _openapi(self) -> Response:
         return _json(describe_api())
@@ -5326,45 +6324,6 @@ class Api:
         headers["content-range"] = f"bytes {span[0]}-{span[1] - 1}/{len(data)}"
         return Response(data[slice(*span)], 206, headers, content_type=kind)
 
-    async def _state(self) -> Response:
-        return _json(
-            {
-                "version": VERSION,
-                "uptime_seconds": round(time.time() - self._started_at, 3),
-                "bridges": self._bridges.snapshot(),
-                "bootstrap": self._bootstrap.snapshot(),
-                "pool": self._pool.snapshot(),
-                "requests": {
-                    "active": self._answers.active,
-                    "completed": self._answers.completed,
-                    "failed": self._answers.failed,
-                },
-                "violations": self._pool.violations(),
-            }
-        )
-
-    async def _control_bootstrap(self) -> Response:
-        try:
-            action = msgspec.json.decode(await request.get_data(), type=BootstrapAction).action
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ClientError(f"action: expected 'start' or 'abort' ({error}).", param="action") from None
-        if not (self._bootstrap.start() if action == "start" else self._bootstrap.abort()):
-            message = f"Bootstrap is {self._bootstrap.phase}; {action} has no meaning now."
-            raise ClientError(message, status=409, code="conflict")
-        return _json(self._bootstrap.snapshot(), 202)
-
-    async def _refresh_models(self) -> Response:
-        return _json({"asked": self._bridges.refresh_models()}, 202)
-
-    async def _delete_session(self, session_id: str) -> Response:
-        session = self._pool.find(session_id)
-        if session is None:
-            raise ClientError(
-                f"There is no session {session_id}.", status=404, code="not_found", param="session_id"
-            )
-        self._pool.retire(session, "by the person")
-        return _json({"deleted": session_id})
-
 
 # ==========================================================================================================
 # Program
@@ -5408,11 +6367,15 @@ class Program:
         self.pool = SessionPool(catalog, config.pool, self.store, self.bus)
         self.bridges = Bridges(config, self.bus, self.pool)
         self.listener = BridgeListener(config, self.bus, self.pool, self.bridges)
-        self.relay = Relay(config, self.pool, self.bridges)
+        self.relay = Relay(config, self.pool, self.bridges, self.bus)
         self.bootstrap = Bootstrap(config, self.pool, self.bridges, self.relay, console, self.bus)
         self.media = MediaFiles(config.media, directory / config.storage.path / "media")
         self.answers = Answers(config, self.pool, self.relay, self.media, self.bus)
-        self.api = Api(config, self.pool, self.bridges, self.bootstrap, self.answers, self.media)
+        self.tail = LogTail()
+        requests = RequestLog(self.store)
+        steered = (self.pool, self.bridges, self.bootstrap, self.answers)
+        self.panel = ControlPanel(config, *steered, requests, self.tail, self.bus)
+        self.api = Api(config, self.pool, self.bridges, self.answers, self.media, self.panel)
         if sys.flags.dev_mode:
             self.bus.subscribe(self.assert_consistent)
         self._scope = trio.CancelScope()
@@ -5429,12 +6392,14 @@ class Program:
         """
         async with trio.open_nursery() as outer:
             await outer.start(self.store.run)
+            log.addHandler(self.tail)
             try:
                 with self._scope:
                     async with trio.open_nursery() as nursery:
                         await self._start(nursery)
                         task_status.started(self)
             finally:
+                log.removeHandler(self.tail)
                 self.store.close()
             if not self.api.url:
                 task_status.started(self)  # Stopped before it was up: whoever waits has to go on.
@@ -5507,12 +6472,15 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[Config, Path]:
-    """The configuration in force (command line over environment over file), and its paths' directory."""
-    path: Path = options.config or HERE / "config.toml"
-    if options.config and not path.exists():
-        raise ConfigError("--config", str(path), "a file that exists")
-    overrides: dict[tuple[str, str], object] = {}
+Overrides = dict[tuple[str, str], tuple[object, str]]
+
+
+def find_overrides(options: argparse.Namespace, environment: Mapping[str, str]) -> Overrides:
+    """What is laid over the file: by table and key, the value and where it comes from."""
+    overrides: Overrides = {}
+    if api_key := environment.get("LMARENA_PROXY_API_KEY"):
+        overrides["server", "api_key"] = (api_key, "environment")
+    given: dict[tuple[str, str], object] = {}
     for name, table, key in (
         ("host", "server", "host"),
         ("port", "server", "port"),
@@ -5520,16 +6488,36 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
         ("models", "models", "include"),
     ):
         if (value := getattr(options, name)) is not None:
-            overrides[table, key] = value
-    if api_key := environment.get("LMARENA_PROXY_API_KEY"):
-        overrides["server", "api_key"] = api_key
+            given[table, key] = value
     if options.no_bootstrap or options.update_models:
-        overrides["bootstrap", "enabled"] = False
+        given["bootstrap", "enabled"] = False
     if options.update_models:
-        overrides |= {("models", "include"): ["*"], ("models", "exclude"): []}
+        given |= {("models", "include"): ["*"], ("models", "exclude"): []}
     if options.demo:
         # A demo does not keep one waiting.
-        overrides["bootstrap", "settle_seconds"] = 3
+        given["bootstrap", "settle_seconds"] = 3
+    return overrides | {place: (value, "command line") for place, value in given.items()}
+
+
+def find_sources(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+    """By key, where each value that is no default comes from: file, environment or command line."""
+    sources = {
+        f"{table}.{key}": source for (table, key), (_, source) in find_overrides(options, environment).items()
+    }
+    every = [
+        f"{table}.{key}"
+        for table, section in get_type_hints(Config).items()
+        for key in section.__struct_fields__
+    ]
+    return dict.fromkeys(every, "file") | sources
+
+
+def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[Config, Path]:
+    """The configuration in force (command line over environment over file), and its paths' directory."""
+    path: Path = options.config or HERE / "config.toml"
+    if options.config and not path.exists():
+        raise ConfigError("--config", str(path), "a file that exists")
+    overrides = {place: value for place, (value, _) in find_overrides(options, environment).items()}
     return read_config(path, overrides), path.resolve().parent
 
 
@@ -5636,6 +6624,9 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
     """The life of the process: signals first, then the ports, the banner, and whatever comes."""
     program = Program(config, directory, console)
     program.bootstrap.is_confirmed = options.yes
+    program.panel.is_demo = options.demo
+    program.panel.config_file = str(options.config or HERE / "config.toml")
+    program.panel.sources = find_sources(options, os.environ)
     async with trio.open_nursery() as nursery:
         await nursery.start(program.obey_signals)
         async with trio.open_nursery() as serving:

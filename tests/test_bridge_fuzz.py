@@ -366,7 +366,7 @@ class Stage:
         self.check()
         for pool in self._program.pool:
             assert (pool.limiter.borrowed_tokens, pool.waiting, pool.busy) == (0, 0, 0), pool
-            assert (pool.leases, pool.waiters) == (set(), set())
+            assert not pool.leases | pool.waiters.keys()
             assert pool.idle == len(pool.sessions)
         assert [bridge.in_flight for bridge in self._program.bridges if bridge.in_flight] == []
 

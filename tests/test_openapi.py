@@ -36,8 +36,11 @@ async def test_nothing_the_document_allows_or_forbids_is_an_error_of_the_program
     nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = await start(nursery, tmp_path, models=(CLAUDE, GPT, IMAGE), filled=True)
-    told = await ask_for_everything(rig, f"{rig.url}/openapi.json", tmp_path, "coverage", "fuzzing")
-    assert f"{len(lmarena_proxy.OPERATIONS)} selected" in told
+    document: Any = (await rig.http.get("/openapi.json")).json()
+    del document["paths"]["/api/events"]  # It does not end.
+    (tmp_path / "openapi.json").write_text(json.dumps(document), encoding="utf-8")
+    told = await ask_for_everything(rig, "openapi.json", tmp_path, "coverage", "fuzzing")
+    assert f"{len(lmarena_proxy.OPERATIONS) - 1} selected" in told
     assert [record for record in caplog.records if record.exc_info] == []
 
 

@@ -374,7 +374,7 @@ async def test_the_snapshot_shows_every_model(tmp_path: Path) -> None:
     async with desk(tmp_path) as at:
         await at.add("a", "b")
         await at.taken()
-        zero = {"sessions": 0, "idle": 0, "busy": 0, "waiting": 0}
+        rest = {"requires_image": False, "resting": 0, "opening": 0, "waiting": 0, "tokens": 4}
         assert at.pool.snapshot() == [
             {
                 "model": "gpt",
@@ -383,9 +383,17 @@ async def test_the_snapshot_shows_every_model(tmp_path: Path) -> None:
                 "sessions": 2,
                 "idle": 1,
                 "busy": 1,
-                "waiting": 0,
+                **rest,
             },
-            {"model": "paints", "model_id": "2", "modality": "image", **zero},
+            {
+                "model": "paints",
+                "model_id": "2",
+                "modality": "image",
+                "sessions": 0,
+                "idle": 0,
+                "busy": 0,
+                **rest,
+            },
         ]
 
 

@@ -11,7 +11,16 @@ import msgspec
 import pytest
 import trio
 
-from lmarena_proxy import ConfigError, PhaseChanged, RequestEnded, Session, Store
+from lmarena_proxy import (
+    _SCHEMA,
+    STORE_VERSION,
+    ConfigError,
+    PhaseChanged,
+    RequestEnded,
+    RequestLog,
+    Session,
+    Store,
+)
 
 
 def a_session(number: int = 1, **fields: Any) -> Session:
@@ -133,9 +142,10 @@ async def test_a_request_is_one_row_with_the_events_fields(tmp_path: Path) -> No
     async with running(tmp_path) as store:
         store.log_request(ended())
         store.log_request(ended("r2", session_id=None, first_byte_seconds=None, messages=None, answer=None))
+    rest = [None] * 7
     assert rows(store, "SELECT * FROM requests ORDER BY request_id") == [
-        ("r1", 1.5, "name", "model", 1, 200, "stop", "s1", 1, 0.25, 0.5, 2.0, 3, 4, "[]", "你好"),
-        ("r2", 1.5, "name", "model", 1, 200, "stop", None, 1, 0.25, None, 2.0, 3, 4, None, None),
+        ("r1", 1.5, "name", "model", 1, 200, "stop", "s1", 1, 0.25, 0.5, 2.0, 3, 4, "[]", "你好", *rest),
+        ("r2", 1.5, "name", "model", 1, 200, "stop", None, 1, 0.25, None, 2.0, 3, 4, None, None, *rest),
     ]
 
 
@@ -202,9 +212,29 @@ async def test_the_store_is_nobody_elses_to_read(tmp_path: Path) -> None:
 def test_a_store_of_a_later_version_is_a_config_error(tmp_path: Path) -> None:
     path = Store(tmp_path).path
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(ConfigError, match="version 2"):
+        connection.execute(f"PRAGMA user_version = {STORE_VERSION + 1}")
+    with pytest.raises(ConfigError, match=f"it has version {STORE_VERSION + 1}"):
         Store(tmp_path)
+
+
+async def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_it_holds(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "lmarena_proxy.sqlite3")) as old:
+        old.executescript(_SCHEMA)
+        old.execute("INSERT INTO sessions VALUES ('s1', 'm1', 'model', 'account', 'bootstrap', 1.0, NULL, 0)")
+        old.execute(
+            "INSERT INTO requests VALUES "
+            "('r0', 0.5, 'name', 'model', 0, 200, 'stop', 's1', 1, 0, 0.5, 2.0, 3, 4, '[]', 'so')"
+        )
+        old.commit()
+    async with running(tmp_path) as store:
+        assert [session.session_id for session in store.sessions()] == ["s1"]
+        store.log_request(ended(error="broken"))
+        found = [await RequestLog(store).one(each) for each in ("r0", "r1", "r2")]
+    assert [each and (each["answer"], each["error"]) for each in found] == [
+        ("so", None),
+        ("你好", "broken"),
+        None,
+    ]
 
 
 def test_a_path_that_cannot_be_a_directory_is_a_config_error(tmp_path: Path) -> None:
