@@ -79,7 +79,7 @@ async def test_a_second_run_opens_only_what_is_missing_since(nursery: trio.Nurse
     await rig.fill()
     assert opened_well(rig) == {model_id(CLAUDE): 2}
     state = (await rig.state())["bootstrap"]
-    assert state == {"phase": "done", "opened": 2, "planned": 2, "skipped": []}
+    assert (state["opened"], state["planned"], state["skipped"]) == (2, 2, [])
     await rig.fill()
     assert len(rig.creates) == 2
     assert (await rig.state())["bootstrap"]["planned"] == 0

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lmarena_proxy import Config, ConfigError, configure, main, parse_arguments, parse_config, read_config
 
@@ -278,3 +281,85 @@ def test_a_start_that_cannot_be_exits_with_two_and_one_sentence(text: str, said:
     assert done.returncode == 2
     assert said in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+# ── Anything at all ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def try_out(read: Callable[[], Config]) -> Config | None:
+    """The configuration, or None where it is refused; the refusal says what was expected."""
+    try:
+        return read()
+    except ConfigError as error:
+        refused = error
+    assert refused.expected
+    assert f"{refused.key} = " in str(refused)
+    return None
+
+
+SCALARS = st.one_of(
+    *(st.none(), st.booleans(), st.text(max_size=20), st.floats()),
+    st.integers(-(10**20), 10**20),
+    st.sampled_from(["0.0.0.0", "::1", "http://*", "{session_id}", "/nextjs-api/stream/../x", "10.0.0.0/8"]),
+    st.dates().map(str),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=5), values, max_size=3),
+)
+NAMES = st.sampled_from([section.name for section in msgspec.structs.fields(Config)]) | st.text(max_size=8)
+KEYS = st.sampled_from([setting.partition(".")[2] for setting in SETTINGS]) | st.text(max_size=8)
+
+
+@given(st.dictionaries(NAMES, VALUES | st.dictionaries(KEYS, VALUES, max_size=4), max_size=4))
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_tables_are_a_configuration_or_a_clear_refusal(tables: dict[str, Any]) -> None:
+    try_out(lambda: parse_config(tables))
+
+
+@st.composite
+def settings_of_the_right_kind(draw: st.DrawFn) -> tuple[str, Any]:
+    """A key that exists, with a value of its type, in range or not."""
+    setting = draw(st.sampled_from(SETTINGS))
+    table, _, key = setting.partition(".")
+    default = getattr(getattr(Config(), table), key)
+    kinds: dict[type, st.SearchStrategy[Any]] = {
+        bool: st.booleans(),
+        int: st.integers(-10, 2_000_000),
+        float: st.floats(-1, 1e8) | st.just(float("inf")) | st.just(float("nan")),
+        str: st.text(max_size=30),
+        tuple: st.lists(st.text(max_size=20), max_size=3),
+        dict: st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+    }
+    return setting, draw(kinds[type(default)])
+
+
+@given(settings_of_the_right_kind())
+@settings(max_examples=400, deadline=None)
+def test_any_value_of_a_setting_is_taken_or_named(setting: tuple[str, Any]) -> None:
+    (table, _, key), value = setting[0].partition("."), setting[1]
+    if config := try_out(lambda: parse_config({table: {key: value}})):
+        kept = getattr(getattr(config, table), key)
+        assert kept == (tuple(value) if isinstance(value, list) else value)
+
+
+@given(content=st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_is_a_configuration_or_a_clear_refusal(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    try_out(lambda: read_config(path, {}))
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_slip_in_the_shipped_file_is_a_configuration_or_a_clear_refusal(
+    data: st.DataObject, tmp_path: Path
+) -> None:
+    text = (ROOT / "config.toml").read_bytes()
+    place = data.draw(st.integers(0, len(text)))
+    length = data.draw(st.integers(0, 5))
+    slip = data.draw(st.binary(max_size=3) | st.sampled_from([b"[", b'"', b"=", b"\n", b"'''", b"#"]))
+    path = tmp_path / "config.toml"
+    path.write_bytes(text[:place] + slip + text[place + length :])
+    try_out(lambda: read_config(path, {}))
