@@ -14,7 +14,20 @@ import httpx
 import msgspec
 import pytest
 import trio
-from harness import CLAUDE, DEEPSEEK, EDIT, GPT, Held, Rig, check_error, eventually, model_id, start, until
+from harness import (
+    CLAUDE,
+    DEEPSEEK,
+    EDIT,
+    GPT,
+    ROOT,
+    Held,
+    Rig,
+    check_error,
+    eventually,
+    model_id,
+    start,
+    until,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -607,6 +620,27 @@ async def test_metrics_count_refusals_and_lost_tabs_bytes(nursery: trio.Nursery,
     found = await metrics(rig)
     assert found["lmarena_proxy_rate_limited_total",] == 1
     assert found["lmarena_proxy_bridge_received_bytes_total",] > before
+
+
+async def test_the_grafana_dashboard_asks_for_metrics_and_labels_that_there_are(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, filled=True)
+    await rig.chat(CLAUDE, "Hello")
+    there: dict[str, set[str]] = {}
+    for name, *labels in await metrics(rig):
+        there.setdefault(name, set()).update(label.partition("=")[0] for label in labels)
+    board = json.loads((ROOT / "docs" / "grafana.json").read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    assert len(queries) > 20
+    for query in queries:
+        names = set(re.findall(r"\b(?:lmarena_proxy|gen_ai_(?:server|client))_\w+", query))
+        assert names
+        assert names <= there.keys(), query
+        used = set(re.findall(r"(\w+)(?==~|!~|=\")", query)) | set(re.findall(r"by \((\w+)\)", query)) - {
+            "le"
+        }
+        assert used <= set().union(*(there[name] for name in names)), query
 
 
 async def test_names_that_clients_make_up_are_no_labels(nursery: trio.Nursery, tmp_path: Path) -> None:

@@ -101,12 +101,8 @@ async def test_check_and_sign_in_are_asked_of_the_person_and_nothing_is_sent_bef
         await desk.phase("confirm")
         assert terminal.lines.count(PROMPT) == 1
         assert desk.arena.record == []
-        assert (await desk.state())["bootstrap"] == {
-            "phase": "confirm",
-            "opened": 0,
-            "planned": 0,
-            "skipped": [],
-        }
+        counts = {"phase": "confirm", "opened": 0, "planned": 0, "skipped": []}
+        assert (await desk.state())["bootstrap"].items() >= counts.items()
 
 
 async def test_settling_starts_again_when_readiness_is_lost(nursery: trio.Nursery, tmp_path: Path) -> None:
@@ -163,7 +159,8 @@ async def test_enter_opens_four_conversations_for_every_model_and_shows_each(
     with desk.terminal as terminal:
         terminal.press("enter")
         state = await desk.phase("done")
-        assert state["bootstrap"] == {"phase": "done", "opened": 24, "planned": 24, "skipped": []}
+        counts = {"phase": "done", "opened": 24, "planned": 24, "skipped": []}
+        assert state["bootstrap"].items() >= counts.items()
         assert all((entry["sessions"], entry["idle"]) == (4, 4) for entry in state["pool"])
         output = await terminal.shows("Models: 6 ready")
         await terminal.shows("└")
