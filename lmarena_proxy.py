@@ -5982,7 +5982,7 @@ async def _serve_page(name: str = "index.html") -> Response:
     etag = hashlib.sha256(data).hexdigest()[:32]
     headers = {**_PAGE_HEADERS, "etag": f'"{etag}"'}
     if request.if_none_match.contains(etag):
-        return Response(status=304, headers=headers)
+        return Response(b"", 304, headers)
     return Response(data, headers=headers, content_type=kind)
 
 
@@ -6233,7 +6233,7 @@ class Api:
     async def _tell_error(self, error: Exception) -> Response:
         """Errors inside Quart go the way of all others: through `HttpRequest.respond_error`'s renderer."""
         if not has_request_context():
-            return Response(status=404)  # A WebSocket; this port has none.
+            return Response(b"", 404)  # A WebSocket; this port has none.
         if isinstance(error, HTTPException):
             codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
             code = codes.get(error.code or 500, "invalid_request")
@@ -6313,7 +6313,7 @@ class Api:
             "x-content-type-options": "nosniff",
         }
         if request.if_none_match.contains(name):
-            return Response(status=304, headers=headers)
+            return Response(b"", 304, headers)
         wanted = request.range
         if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
             return Response(data, content_type=kind, headers=headers)

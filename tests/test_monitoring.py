@@ -513,7 +513,9 @@ async def test_all_but_the_page_itself_wants_the_key(nursery: trio.Nursery, tmp_
     assert (await rig.http.get("/api/state", headers={"authorization": "Bearer s3cret"})).json()["needs_key"]
 
 
-async def test_the_page_may_run_its_own_files_and_nothing_else(nursery: trio.Nursery, tmp_path: Path) -> None:
+async def test_the_page_may_run_its_own_files_and_nothing_else(
+    nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rig = await start(nursery, tmp_path, connected=False)
     page = await rig.http.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -525,6 +527,7 @@ async def test_the_page_may_run_its_own_files_and_nothing_else(nursery: trio.Nur
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\son\w+=|\sstyle=", page.text)
     again = await rig.http.get("/", headers={"if-none-match": page.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 @pytest.mark.parametrize(
