@@ -116,6 +116,7 @@ from werkzeug.http import parse_options_header
 if sys.platform == "win32":
     import msvcrt
 else:
+    import fcntl
     import termios
 
 VERSION = "1.0.0"
@@ -300,6 +301,7 @@ class LimitsConfig(Section, frozen=True):
 
 class StorageConfig(Section, frozen=True):
     path: str = "state"
+    keep_days: Annotated[float, msgspec.Meta(ge=0, le=100_000)] = 30
 
 
 class LogConfig(Section, frozen=True):
@@ -2211,6 +2213,7 @@ CREATE TABLE requests (
 CREATE INDEX requests_by_time ON requests (created_at);
 PRAGMA user_version = 1;
 """
+_PRUNE = "DELETE FROM requests WHERE created_at < ?"
 # What each version adds to the one before it.
 _UPGRADES = (
     """
@@ -2231,6 +2234,8 @@ class _Write:
         self.statement, self.parameters = statement, parameters
         self.done = trio.Event()
         self.error: Exception | None = None
+        # How many rows it has changed.
+        self.rows = 0
 
 
 class Store:
@@ -2323,7 +2328,7 @@ class Store:
         try:
             with self._connection:
                 for write in batch:
-                    self._connection.execute(write.statement, write.parameters)
+                    write.rows = self._connection.execute(write.statement, write.parameters).rowcount
         except Exception as error:  # Also what cannot be bound: the writer must outlive any record.
             return error
         return None
@@ -2358,6 +2363,24 @@ class Store:
         if isinstance(event, RequestEnded):
             values = msgspec.structs.astuple(event)
             self._write(f"INSERT OR REPLACE INTO requests VALUES ({', '.join('?' * len(values))})", *values)
+
+    async def prune(self, days: float) -> int:
+        """Forget requests that are older than so many days; returns how many there were."""
+        write = self._write(_PRUNE, time.time() - days * 86_400)
+        await write.done.wait()
+        return write.rows
+
+    def prune_now(self, days: float) -> int:
+        """The same before `run`, and give the disk its space back. Raises ConfigError."""
+        try:
+            with self._connection:
+                count = self._connection.execute(_PRUNE, (time.time() - days * 86_400,)).rowcount
+            self._connection.execute("VACUUM")
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            wanted = f"a store that can be written ({error})"
+            raise ConfigError("storage.path", str(self.path), wanted) from None
+        return count
 
     async def settle(self) -> None:
         """Wait until everything queued so far is on disk."""
@@ -6333,6 +6356,7 @@ class Api:
 # second one, so that the store's writer outlives all that writes.
 
 EXIT_OK, EXIT_CANNOT_START, EXIT_FORCED = 0, 2, 130
+PRUNE_INTERVAL_SECONDS = 6 * 3600
 
 
 async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..., Awaitable[Any]]) -> Any:
@@ -6410,6 +6434,16 @@ class Program:
         self.api.bridge_url = f"ws://{_reachable(bridge.host)}:{port}/"
         await _listen(nursery, "server.port", server.port, self.api.serve)
         nursery.start_soon(self.bootstrap.supervise)
+        if self.config.storage.keep_days:
+            nursery.start_soon(self._keep_tidy)
+
+    async def _keep_tidy(self) -> None:
+        """Forget old requests, now and then."""
+        while True:
+            days = self.config.storage.keep_days
+            if count := await self.store.prune(days):
+                log.info("Forgot %d requests that were older than %g days", count, days)
+            await trio.sleep(PRUNE_INTERVAL_SECONDS)
 
     async def stop(self) -> None:
         """Shut down: no new requests, the running ones get their grace, then everything ends."""
@@ -6468,6 +6502,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--update-models", action="store_true", help="write the page's model list to models.json, and exit"
     )
+    parser.add_argument(
+        "--prune", action="store_true", help="forget requests older than storage.keep_days, and exit"
+    )
     parser.add_argument("--version", action="version", version=f"lmarena_proxy {VERSION}")
     return parser.parse_args(arguments)
 
@@ -6519,6 +6556,42 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
         raise ConfigError("--config", str(path), "a file that exists")
     overrides = {place: value for place, (value, _) in find_overrides(options, environment).items()}
     return read_config(path, overrides), path.resolve().parent
+
+
+@contextmanager
+def hold_store(directory: Path) -> Iterator[None]:
+    """Keep other copies of the program off a store while this one runs. Raises ConfigError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError("storage.path", str(directory), f"a store that can be used ({error})") from None
+    with open(file, "rb"):  # The system lets go of it when the process ends, however it does.
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            wanted = (
+                "a store that no other copy of the program uses now: end that copy, or give this one its own"
+            )
+            raise ConfigError("storage.path", str(directory), wanted) from None
+        except OSError as error:
+            log.warning(
+                "The store %s cannot be locked: %s", directory, error
+            )  # Some network disks know no locks.
+        yield
+
+
+def prune(config: Config, directory: Path, console: Console) -> None:
+    """Forget old requests and shrink the store. Raises ConfigError."""
+    place, days = directory / config.storage.path, config.storage.keep_days
+    if not days:
+        raise ConfigError("storage.keep_days", days, "a number of days above 0")
+    with hold_store(place):
+        count = Store(place).prune_now(days)
+    console.say(f"{place}: {count} requests that were older than {days:g} days are gone")
 
 
 def look_at_store(directory: Path) -> tuple[Path, int]:
@@ -6672,13 +6745,18 @@ def main(arguments: Sequence[str]) -> int:
         if options.check:
             check(config, directory, console)
             return EXIT_OK
+        if options.prune:
+            prune(config, directory, console)
+            return EXIT_OK
         log.addHandler(ConsoleHandler(screen))
         # The stand-in's conversations have no place in the real store.
         place = tempfile.TemporaryDirectory(prefix="lmarena-proxy-demo-") if options.demo else nullcontext()
         with place as store:
             if store:
-                config = msgspec.structs.replace(config, storage=StorageConfig(store))
-            trio.run(live, config, directory, console, options)
+                storage = msgspec.structs.replace(config.storage, path=store)
+                config = msgspec.structs.replace(config, storage=storage)
+            with hold_store(directory / config.storage.path):
+                trio.run(live, config, directory, console, options)
     except (ConfigError, BaseExceptionGroup) as error:
         causes = [*leaves(error)]
         if not all(isinstance(cause, ConfigError) for cause in causes):

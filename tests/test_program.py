@@ -667,3 +667,25 @@ def test_it_listens_quickly_and_idles_small_with_all_models(tmp_path: Path) -> N
     print(f"start to listening {seconds:.2f} s (best of 3), idle RSS {megabytes:.1f} MB")
     assert seconds < START_LIMIT_SECONDS * SLOW_GUARD
     assert megabytes < IDLE_LIMIT_MB
+
+
+async def test_a_second_copy_on_the_same_store_is_refused_until_the_first_is_gone(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    first = await sit_down(nursery, tmp_path)
+    with first.terminal as terminal:
+        with Terminal(tmp_path, "--config", str(tmp_path / "config.toml")) as second:
+            assert await second.exit_code() == 2
+            assert "Cannot start: storage.path" in second.output
+            assert "no other copy" in second.output
+            assert "Traceback" not in second.output
+        with Terminal(tmp_path, "--config", str(tmp_path / "config.toml"), "--prune") as pruning:
+            assert await pruning.exit_code() == 2
+        assert (await first.http.get("/health")).status_code == 200
+        terminal.kill()
+    with Terminal(tmp_path, "--config", str(tmp_path / "config.toml"), "--prune") as pruning:
+        assert await pruning.exit_code() == 0
+        assert "0 requests that were older than 30 days are gone" in pruning.output
+    ports = ("--port", "0", "--bridge-port", "0")
+    with Terminal(tmp_path, "--config", str(tmp_path / "config.toml"), *ports) as third:
+        await third.addresses()

@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -280,3 +281,29 @@ async def test_a_record_that_cannot_be_written_does_not_take_others_with_it(tmp_
     async with running(tmp_path) as store:
         store.log_request(ended(model=None))
         assert await store.save(a_session())
+
+
+async def test_old_requests_are_forgotten_and_others_kept(tmp_path: Path) -> None:
+    now = time.time()
+    async with running(tmp_path) as store:
+        for days in (0, 1, 29, 31, 400):
+            store.log_request(ended(f"r{days}", created_at=now - days * 86_400))
+        assert await store.prune(30) == 2
+        assert await store.prune(30) == 0
+    assert [row[0] for row in rows(store, "SELECT request_id FROM requests ORDER BY created_at")] == [
+        "r29",
+        "r1",
+        "r0",
+    ]
+
+
+async def test_pruning_gives_the_disk_its_space_back_and_keeps_conversations(tmp_path: Path) -> None:
+    async with running(tmp_path) as store:
+        await store.save(a_session())
+        for number in range(300):
+            store.log_request(ended(f"r{number}", created_at=1.0, answer="x" * 10_000))
+    before = store.path.stat().st_size
+    again = Store(tmp_path)
+    assert again.prune_now(1) == 300
+    assert store.path.stat().st_size < before / 10
+    assert [session.session_id for session in again.sessions()] == ["s1"]
