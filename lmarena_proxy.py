@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "trio==0.35.0",
+#     "trio-websocket==0.12.2",
+#     "hypercorn==0.18.0",
+#     "quart==0.22.0",
+#     "quart-trio==0.12.0",
+#     "rich==15.0.0",
+#     "msgspec==0.22.0",
+#     "prometheus-client==0.26.0",
+#     "httpx==0.28.1",
+# ]
+# ///
 """lmarena_proxy: an OpenAI-compatible API in front of a person's own LMArena tab.
 
     OpenAI client --HTTP--> API --> pool of the model --> bridge (WebSocket) --> bridge.user.js --> site
