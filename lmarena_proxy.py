@@ -2499,6 +2499,7 @@ class RequestLog:
         count = round(hours * 3600 / bucket_seconds)
         since = until - count * bucket_seconds
         bucket = f"CAST((created_at - {since}) / {bucket_seconds} AS INTEGER)"
+        nothing = {"median": None, "p95": None}
         series: dict[str, Any] = {
             "from": since,
             "to": until,
@@ -2510,6 +2511,7 @@ class RequestLog:
             series[name] = [totals.get(number, {}).get(name, 0) for number in range(count)]
         series["queue_depth"] = await self._queue_depths(since, bucket_seconds, count)
         models = await self._count("model_id", since)
+        total = (await self._count("'all'", since)).get("all", {"requests": 0, "errors": 0})
         for name, value in (("first_byte_seconds", "first_byte_seconds"), ("tokens_per_second", self._SPEED)):
             by_time = await self._percentiles(bucket, value, since)
             series[name] = {
@@ -2518,8 +2520,11 @@ class RequestLog:
             }
             by_model = await self._percentiles("model_id", value, since)
             for model_id, model in models.items():
-                model[name] = by_model.get(model_id, {"median": None, "p95": None})
-        return series | {"models": [{"model_id": each, **model} for each, model in models.items()]}
+                model[name] = by_model.get(model_id, nothing)
+            total[name] = (await self._percentiles("'all'", value, since)).get("all", nothing)
+        total.pop("model", None)
+        listed = [{"model_id": each, **model} for each, model in models.items()]
+        return series | {"total": total, "models": listed}
 
     async def _count(self, group: str, since: float) -> dict[Any, dict[str, Any]]:
         query = f"""

@@ -154,6 +154,9 @@ async def test_statistics_have_counts_and_percentiles_by_time_and_by_model(tmp_p
     assert models["claude"]["errors"] == 1
     assert models["claude"]["first_byte_seconds"] == {"median": None, "p95": None}
     assert models["gpt"]["requests"] == 101
+    total = hour["total"]
+    assert (total["requests"], total["errors"]) == (103, 1)
+    assert (total["first_byte_seconds"]["median"], total["tokens_per_second"]["p95"]) == (50, 475)
 
 
 async def test_the_queue_is_as_deep_as_its_waits_overlap(tmp_path: Path) -> None:
@@ -176,3 +179,4 @@ async def test_statistics_of_an_empty_log_are_empty(tmp_path: Path) -> None:
     assert sum(hour["requests"]) == sum(hour["queue_depth"]) == 0
     assert set(hour["first_byte_seconds"]["p95"]) == {None}
     assert hour["models"] == []
+    assert (hour["total"]["requests"], hour["total"]["first_byte_seconds"]["median"]) == (0, None)
