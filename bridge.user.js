@@ -12,6 +12,8 @@
 // @run-at       document-start
 // @grant        none
 // @noframes
+// @updateURL    http://127.0.0.1:9080/bridge.user.js
+// @downloadURL  http://127.0.0.1:9080/bridge.user.js
 // ==/UserScript==
 // @ts-check
 
@@ -33,6 +35,7 @@
   const PROTOCOL = 1;
   const VERSION = "1.0.0";
   const CLOSED_FOR_REINSTALL = 4001;
+  const OPEN = 1; // of a WebSocket
   const SHARED_NAME = "lmarena_proxy bridge"; // of the lock and of the channel between tabs
   const CHECK_TITLE = "Just a moment...";
   const HEAD_BYTES = 8; // of a record: uint32 id, uint32 length
@@ -42,6 +45,8 @@
   const LOOK_MS = 1000;
   const FIRST_RETRY_MS = 1000;
   const LAST_RETRY_MS = 30000;
+  const LEAST_PATIENCE_MS = 3000; // a busy page looks late
+  const SILENT_BEATS = 3; // the program gives up a connection after two: by then its end is gone
   const RELOAD_PAUSE_MS = 50000; // the program asks at most once a minute; its clock and this one differ
   const CAPTURES_KEPT = 50;
 
@@ -62,7 +67,13 @@
   const newLink = (socket) => ({
     socket,
     welcomed: false,
-    /** @type {Map<number, AbortController>} */ exchanges: new Map(),
+    outdated: false, // whether the program has another version of this script
+    over: false,
+    heardAt: now(),
+    pingedAt: 0, // by the program's clock, in seconds
+    beatMs: 0, // between two pings; 0: not known yet
+    /** @type {Record<number, AbortController>} */ exchanges: bare({}),
+    running: 0, // how many exchanges there are
     /** @type {{id: number, bytes: Uint8Array}[]} body bytes not sent yet */ records: [],
     recordBytes: 0, // what the records take in their frame
     /** @type {Outcome[]} of exchanges whose last bytes are among the records */ outcomes: [],
@@ -78,13 +89,15 @@
     retries: 0, // since the last welcome
     retryTimer: 0,
     /** @type {string | null} the status that says why there is no connection */ trouble: null,
+    /** @type {string | null} the status that says what the site's last answer asked of the person */ due: null,
     policyForbids: false,
   };
 
   // ==== Natives ======================================================================================================
 
   // Taken before any script of the page runs. Pages wrap these (for error tracking, say), and what passes here is
-  // between the person's programs: the page can neither read nor disturb it.
+  // between the person's programs: the page can neither read nor disturb it. So what carries frames calls nothing
+  // else: no methods of arrays or maps, no `for ... of`, and no objects that inherit what a page may have added.
 
   /** @param {Function} method @returns {(self: unknown, ...args: any[]) => any} */
   const free = (method) => Function.prototype.call.bind(method);
@@ -95,37 +108,59 @@
     return free(/** @type {any} */ (Object.getOwnPropertyDescriptor(object, name)).get);
   };
 
-  const { WebSocket, Request, Response, ReadableStream, TextDecoder, URL, Uint8Array, DataView, AbortController } =
-    window;
+  /** The same without a prototype. @template {object} T @param {T} object @returns {T} */
+  const bare = (object) => ({ __proto__: null, ...object });
+
+  const { WebSocket, Request, Response, ReadableStream, TextDecoder, URL, Uint8Array, AbortController } = window;
   const { parse, stringify } = JSON;
+  const { assign } = Object;
+  const { isInteger } = Number;
   const call = Reflect.apply;
   const pageFetch = window.fetch;
   const fetch = pageFetch.bind(window);
   const digest = crypto.subtle.digest.bind(crypto.subtle);
+  const now = performance.now.bind(performance);
   const setTimeout = window.setTimeout.bind(window);
   const listen = free(EventTarget.prototype.addEventListener);
   const readCookies = getter(document, "cookie");
+  const push = free(Array.prototype.push);
+  const shift = free(Array.prototype.shift);
+  const execute = free(RegExp.prototype.exec);
+  const href = getter(URL.prototype, "href");
+  const abort = free(AbortController.prototype.abort);
+  const signalOf = getter(AbortController.prototype, "signal");
+  const isAborted = getter(AbortSignal.prototype, "aborted");
   const messageData = getter(MessageEvent.prototype, "data");
+  const closeCode = getter(CloseEvent.prototype, "code");
   const socketSend = free(WebSocket.prototype.send);
+  const socketClose = free(WebSocket.prototype.close);
+  const socketState = getter(WebSocket.prototype, "readyState");
   const bufferedAmount = getter(WebSocket.prototype, "bufferedAmount");
   const requestClone = free(Request.prototype.clone);
   const responseClone = free(Response.prototype.clone);
   const responseText = free(Response.prototype.text);
   const responseBody = getter(Response.prototype, "body");
+  const responseType = getter(Response.prototype, "type");
+  const responseStatus = getter(Response.prototype, "status");
+  const responseHeaders = getter(Response.prototype, "headers");
+  const getHeader = free(Headers.prototype.get);
   const streamReader = free(ReadableStream.prototype.getReader);
   const readStream = free(ReadableStreamDefaultReader.prototype.read);
   const decode = free(TextDecoder.prototype.decode);
   const copyBytes = free(Uint8Array.prototype.set);
+  const bytesIn = getter(Uint8Array.prototype, "byteLength");
+  const bufferOf = getter(Uint8Array.prototype, "buffer");
+  const offsetOf = getter(Uint8Array.prototype, "byteOffset");
 
   const { port1: turnStart, port2: turnEnd } = new MessageChannel();
   const postTurn = turnEnd.postMessage.bind(turnEnd);
   /** @type {(() => void)[]} */
   const turns = [];
-  turnStart.onmessage = () => turns.shift()?.();
+  turnStart.onmessage = () => shift(turns)?.();
 
   /** Runs it in the next turn of the event loop. Messages are not slowed in a hidden tab, as timers are.
    * @param {() => void} task */
-  const nextTurn = (task) => postTurn(turns.push(task));
+  const nextTurn = (task) => postTurn(push(turns, task));
 
   /** Text kept in the browser's storage, which the person may have forbidden.
    * @param {"localStorage" | "sessionStorage"} area @param {string} key @param {string} [value] to be stored */
@@ -141,7 +176,10 @@
   // ==== Badge ========================================================================================================
 
   // In a closed shadow root, built from elements and text only, styled by a constructed sheet: no policy of the page
-  // forbids that. `data-status` on the host carries the status word, for tests.
+  // forbids that. It says fixed sentences: nothing that came over the network stands in it. It goes to a corner where
+  // it covers none of the site's controls, and folds into its dot where there is no such corner. The person folds and
+  // unfolds it, which is remembered; where they are needed it unfolds by itself. `data-status` on the host carries the
+  // status word, for tests.
 
   /** Status: colour, English, Chinese. @type {Record<string, [string, string, string]>} */
   const TEXTS = {
@@ -151,6 +189,16 @@
     ready: ["green", "Connected.", "已连接。"],
     verification: ["amber", "Please pass the human check on this page.", "请在此页面完成人机验证。"],
     sign_in: ["amber", "Please sign in, or accept the terms.", "请登录，或接受条款。"],
+    check_due: [
+      "amber",
+      "The site wants its human check: please reload this page, and pass it.",
+      "网站要求人机验证：请刷新此页面，并完成验证。",
+    ],
+    sign_in_stale: [
+      "amber",
+      "The sign-in has expired: please reload this page, and sign in if it asks.",
+      "登录已失效：请刷新此页面，如有提示请重新登录。",
+    ],
     not_running: ["red", `The program is not running at ${BRIDGE_URL}`, `本机程序未在 ${BRIDGE_URL} 运行。`],
     permission_prompt: ["amber", "Please allow access when the browser asks.", "浏览器询问时，请允许访问。"],
     permission_denied: [
@@ -164,18 +212,32 @@
       `The policy of this page or browser forbids the connection to ${BRIDGE_URL}`,
       `此页面或浏览器的安全策略禁止连接 ${BRIDGE_URL}`,
     ],
+    outdated: ["amber", "Connected. Please update this script: ", "已连接。请更新此脚本："],
     reinstall: ["red", "Please reinstall this script, then reload: ", "请重新安装此脚本，然后刷新页面："],
   };
+  /** What the person has to do something about in this browser: the badge unfolds for it. */
+  const CALLING = Object.keys(TEXTS).filter(
+    (status) => /amber|red/.test(TEXTS[status][0]) && !["not_running", "outdated"].includes(status),
+  );
   const language = /^zh\b/i.test(navigator.language) ? "zh-CN" : "en";
 
+  const CONTROLS =
+    "a[href], button, input, textarea, select, summary, label, video, iframe, [contenteditable], [tabindex='0'], " +
+    "[role=button], [role=textbox], [role=link], [role=menuitem], [role=tab]";
+  const CORNERS = ["bottom left", "bottom right", "top right", "top left"];
+  const PROBE_PX = 12; // smaller than any control that can be hit
+
+  // No animation anywhere: nothing to reduce for those who want none.
   const BADGE_STYLE = `
-    :host { all: initial !important; position: fixed !important; left: 12px !important; bottom: 12px !important;
+    :host { all: initial !important; position: fixed !important; pointer-events: none !important;
             z-index: 2147483647 !important; max-width: min(340px, calc(100vw - 24px)) !important; }
+    :host([data-corner~=bottom]) { bottom: 12px !important; } :host([data-corner~=top]) { top: 12px !important; }
+    :host([data-corner~=left]) { left: 12px !important; } :host([data-corner~=right]) { right: 12px !important; }
     div { display: flex; border: 1px solid #0002; border-radius: 16px; background: #fffffff2; color: #1c1c1f;
-          box-shadow: 0 1px 6px #0003; font: 12px/18px system-ui, sans-serif; cursor: pointer; }
+          box-shadow: 0 1px 6px #0003; font: 12px/18px system-ui, sans-serif; cursor: pointer; pointer-events: auto; }
     button { all: unset; flex: none; width: 30px; height: 30px; display: grid; place-items: center; }
     button:focus-visible { outline: 2px solid #4c8bf5; border-radius: 50%; }
-    i { width: 12px; height: 12px; border-radius: 50%; background: #8a8f98; }
+    i { width: 12px; height: 12px; border-radius: 50%; background: #8a8f98; forced-color-adjust: none; }
     .green i { background: #1f9d55; } .amber i { background: #e08a00; } .red i { background: #d33b3b; }
     span { padding: 6px 12px 6px 0; overflow-wrap: anywhere; } a { color: inherit; } b:empty { display: none; }
     b { padding: 6px 12px 6px 0; font-weight: 400; white-space: nowrap; opacity: 0.7; }
@@ -188,7 +250,10 @@
     const tags = ["lmarena-proxy-badge", "div", "button", "i", "span", "b", "a"];
     const [host, box, button, dot, text, running, link] = tags.map((tag) => document.createElement(tag));
     host.lang = language; // chooses the glyphs, too
-    text.setAttribute("role", "status"); // the count stands outside: it would be read out all the time
+    host.dataset.corner = CORNERS[0];
+    // The count stands outside: it would be read out all the time.
+    text.setAttribute("role", "status");
+    text.setAttribute("aria-live", "polite");
     button.setAttribute("aria-label", "lmarena_proxy");
     link.textContent = INSTALL_URL;
     Object.assign(link, { href: INSTALL_URL, target: "_blank", rel: "noopener noreferrer" });
@@ -199,32 +264,82 @@
     const root = host.attachShadow({ mode: "closed" });
     root.adoptedStyleSheets = [sheet];
     root.append(box);
-    let collapsed = stored("localStorage", "lmarena_proxy.badge") === "collapsed";
+    let prefersDot = stored("localStorage", "lmarena_proxy.badge") === "collapsed";
+    let isFolded = prefersDot;
     /** @type {[string, number]} */
     let shown = ["", 0];
 
+    /** @param {boolean} folded */
+    const fold = (folded) => {
+      const count = shown[1];
+      isFolded = folded;
+      box.className = `${box.dataset.colour} ${folded ? "collapsed" : ""}`;
+      button.setAttribute("aria-expanded", String(!folded));
+      const unit = folded ? "" : language === "en" ? " running" : " 个进行中";
+      running.textContent = count === 0 ? "" : `${count}${unit}`;
+    };
+
+    /** Whether the badge, as it stands, lies over something to click or to write in. */
+    const coversControls = () => {
+      const { left, right, top, bottom } = box.getBoundingClientRect();
+      for (let y = top; ; y = Math.min(y + PROBE_PX, bottom)) {
+        for (let x = left; ; x = Math.min(x + PROBE_PX, right)) {
+          const below = document.elementsFromPoint(x, y).find((element) => element !== host);
+          if (below?.closest(CONTROLS)) return true;
+          if (x >= right) break;
+        }
+        if (y >= bottom) return false;
+      }
+    };
+
+    /** Finds a free corner, the present one first. @returns {boolean} whether there is one */
+    const settle = () => {
+      const present = host.dataset.corner;
+      for (const corner of [present, ...CORNERS]) {
+        if (host.dataset.corner !== corner) host.dataset.corner = corner; // the page may observe its attributes
+        if (!coversControls()) return true;
+      }
+      host.dataset.corner = present;
+      return false;
+    };
+
+    /** Not under the person's hands: what they are about to press stays where it is. */
+    const place = () => {
+      if (document.hidden || !host.isConnected) return;
+      if (host.matches(":hover") || root.querySelector(":focus-visible")) return;
+      fold(wantsDot());
+      if (settle() || isFolded) return;
+      fold(true);
+      settle();
+    };
+
+    /** Whether the person has folded it while it asked for what it asks for now. */
+    let isHeard = false;
+    const wantsDot = () => prefersDot && (isHeard || !CALLING.includes(shown[0]));
+
     /** @param {string} status @param {number} count of running exchanges */
     const show = (status, count) => {
-      if (status !== shown[0]) {
+      const isNew = status !== shown[0];
+      shown = [status, count];
+      if (isNew) {
         const [colour, english, translated] = TEXTS[status];
+        isHeard = false;
         box.dataset.colour = colour;
         text.textContent = `lmarena_proxy: ${language === "en" ? english : translated}`;
-        if (status === "reinstall") text.append(link);
+        if (["reinstall", "outdated"].includes(status)) text.append(link);
         button.title = text.textContent;
         host.dataset.status = status;
       }
-      box.className = `${box.dataset.colour} ${collapsed ? "collapsed" : ""}`;
-      button.setAttribute("aria-expanded", String(!collapsed));
-      const unit = collapsed ? "" : language === "en" ? " running" : " 个进行中";
-      running.textContent = count === 0 ? "" : `${count}${unit}`;
-      shown = [status, count];
+      fold(isNew ? wantsDot() : isFolded);
+      if (isNew) place();
     };
     listen(box, "click", (/** @type {Event} */ event) => {
       if (event.target === link) return;
-      collapsed = !collapsed;
-      stored("localStorage", "lmarena_proxy.badge", collapsed ? "collapsed" : "open");
-      show(...shown);
+      prefersDot = isHeard = !isFolded;
+      stored("localStorage", "lmarena_proxy.badge", prefersDot ? "collapsed" : "open");
+      fold(prefersDot);
     });
+    listen(window, "resize", place);
     return {
       /** @param {string} status @param {number} count */
       update(status, count) {
@@ -232,16 +347,27 @@
         // A page that renders itself anew may have dropped it.
         if (document.body && !host.isConnected) document.documentElement.append(host);
       },
+      place,
     };
   })();
 
-  const render = () => {
-    const { link, role, trouble, state } = tab;
-    if (role === "stopped") badge.update("reinstall", 0);
-    else if (role === "waiting") badge.update("standing_by", 0);
-    else if (link?.welcomed) badge.update(state, link.exchanges.size);
+  /** What the badge is to say, and how many exchanges run. @returns {[string, number]} */
+  const outlook = () => {
+    const { link, role, trouble, due, state } = tab;
+    if (role === "stopped") return ["reinstall", 0];
+    if (role === "waiting") return ["standing_by", 0];
+    const ready = due ?? (link?.outdated ? "outdated" : "ready");
+    if (link?.welcomed) return [state === "ready" ? ready : state, link.running];
     // The check's own page may forbid the connection: what is due there is the check.
-    else badge.update(state === "verification" ? state : trouble ?? "connecting", 0);
+    return [state === "verification" ? state : (trouble ?? "connecting"), 0];
+  };
+
+  const render = () => {
+    try {
+      badge.update(...outlook());
+    } catch {
+      // a page that has broken what the badge is drawn with: the relay goes on
+    }
   };
 
   // ==== Readiness ====================================================================================================
@@ -300,7 +426,7 @@
     const account = await accountOf(userId);
     if (turn !== looks) return; // a later look has begun meanwhile, and knows better
     if (state !== tab.state || account !== tab.account) {
-      Object.assign(tab, { state, account });
+      assign(tab, { state, account, due: null });
       if (tab.link) say(tab.link, { type: "state", state, account, detail });
     }
     render();
@@ -359,11 +485,16 @@
 
   /** The one exit. @param {Link} link @param {string | Uint8Array} data */
   const transmit = (link, data) => {
-    if (link.socket.readyState === WebSocket.OPEN) socketSend(link.socket, data);
+    if (socketState(link.socket) === OPEN) socketSend(link.socket, data);
   };
 
   /** @param {Link} link @param {{type: string, [field: string]: unknown}} message */
-  const say = (link, message) => transmit(link, stringify(message));
+  const say = (link, message) => transmit(link, stringify(bare(message)));
+
+  /** @param {Uint8Array} frame @param {number} at @param {number} value, big-endian */
+  const putUint32 = (frame, at, value) => {
+    for (let byte = 0; byte < 4; byte += 1) frame[at + byte] = value >>> (24 - 8 * byte);
+  };
 
   /** Sends the queued bytes in one frame, then the ends of the exchanges they belong to. @param {Link} link */
   const flush = (link) => {
@@ -371,18 +502,17 @@
     link.outcomes = [];
     if (records.length > 0) {
       const frame = new Uint8Array(link.recordBytes);
-      const view = new DataView(frame.buffer);
-      let at = 0;
-      for (const { id, bytes } of records) {
-        view.setUint32(at, id);
-        view.setUint32(at + 4, bytes.length);
+      for (let record = 0, at = 0; record < records.length; record += 1) {
+        const { id, bytes } = records[record];
+        putUint32(frame, at, id);
+        putUint32(frame, at + 4, bytesIn(bytes));
         copyBytes(frame, bytes, at + HEAD_BYTES);
-        at += HEAD_BYTES + bytes.length;
+        at += HEAD_BYTES + bytesIn(bytes);
       }
-      Object.assign(link, { records: [], recordBytes: 0 });
+      assign(link, { records: [], recordBytes: 0 });
       transmit(link, frame);
     }
-    for (const outcome of outcomes) say(link, outcome);
+    for (let outcome = 0; outcome < outcomes.length; outcome += 1) say(link, outcomes[outcome]);
   };
 
   /** Everything that arrives in one turn of the event loop goes out together at its end. @param {Link} link */
@@ -398,25 +528,26 @@
   /** @param {Link} link @param {number} id @param {Uint8Array} chunk */
   const queueBytes = (link, id, chunk) => {
     const most = FRAME_BYTES - HEAD_BYTES;
-    for (let start = 0; start < chunk.length; start += most) {
-      const bytes = chunk.subarray(start, start + most);
-      if (link.recordBytes + HEAD_BYTES + bytes.length > FRAME_BYTES) flush(link);
-      link.records.push({ id, bytes });
-      link.recordBytes += HEAD_BYTES + bytes.length;
+    for (let start = 0, rest; (rest = bytesIn(chunk) - start) > 0; start += most) {
+      const length = rest < most ? rest : most;
+      const bytes = new Uint8Array(bufferOf(chunk), offsetOf(chunk) + start, length);
+      if (link.recordBytes + HEAD_BYTES + length > FRAME_BYTES) flush(link);
+      push(link.records, { id, bytes });
+      link.recordBytes += HEAD_BYTES + length;
     }
     flushSoon(link);
   };
 
   /** @param {Link} link @param {Outcome} outcome */
   const queueOutcome = (link, outcome) => {
-    link.outcomes.push(outcome);
+    push(link.outcomes, outcome);
     flushSoon(link);
   };
 
   /** Waits while the program is behind. A hidden tab's timers set by timers fire once a minute: hence the turn.
    * @param {Link} link @param {AbortSignal} signal */
   const roomToSend = async (link, signal) => {
-    while (bufferedAmount(link.socket) > UNSENT_BYTES && !signal.aborted) {
+    while (bufferedAmount(link.socket) > UNSENT_BYTES && !isAborted(signal)) {
       await new Promise((resolve) => setTimeout(() => nextTurn(() => resolve(null)), BACKPRESSURE_POLL_MS));
     }
   };
@@ -434,25 +565,48 @@
   const refusal = ({ method, path, body }) => {
     if (method !== "POST" && method !== "PUT") return `method ${method} is not relayed, only POST and PUT`;
     if (typeof body !== "string") return "the body must be text";
-    if (typeof path !== "string" || !RELAYED_PATH.test(path)) return `path ${path} is not relayed`;
+    const isRelayed = typeof path === "string" && execute(RELAYED_PATH, path) !== null;
     // A path that normalizing changes (a dot segment, say) is not the path it looks like.
-    return new URL(path, location.origin).href === location.origin + path ? null : `path ${path} is not relayed`;
+    if (isRelayed && href(new URL(path, location.origin)) === location.origin + path) return null;
+    return `path ${path} is not relayed`;
+  };
+
+  /** @param {Headers} headers @returns {Record<string, string>} those that the program is told */
+  const toldHeaders = (headers) => {
+    /** @type {Record<string, string>} */
+    const told = bare({});
+    for (let at = 0; at < RELAYED_HEADERS.length; at += 1) {
+      const value = getHeader(headers, RELAYED_HEADERS[at]);
+      if (value !== null) told[RELAYED_HEADERS[at]] = value;
+    }
+    return told;
+  };
+
+  /** The badge says what the program takes from an answer: that the check, or a sign-in, is due although the page
+   * looks well. @param {number} status @param {Record<string, string>} headers */
+  const noteDue = (status, headers) => {
+    const isPage = execute(/^text\/html/i, headers["content-type"] ?? "") !== null;
+    const isCheck = isPage && (status === 403 || status === 503);
+    if (isCheck || headers["cf-mitigated"] === "challenge") tab.due = "check_due";
+    else if (status === 401) tab.due = "sign_in_stale";
+    else if (status === 200) tab.due = null;
   };
 
   /** One exchange with the site, up to its last byte. @param {Link} link @param {any} message a `fetch`
    * @param {AbortController} controller @returns {Promise<Outcome>} */
   const exchange = async (link, { id, method, path, body }, controller) => {
-    const headers = { "Content-Type": "text/plain;charset=UTF-8" };
-    const { signal } = controller;
+    const headers = bare({ "Content-Type": "text/plain;charset=UTF-8" });
+    const signal = signalOf(controller);
     const url = location.origin + path; // not the path alone: the page may have a <base> elsewhere
-    const response = await fetch(url, { ...FETCH_OPTIONS, method, body, headers, signal });
-    if (response.type === "opaqueredirect") {
-      controller.abort();
+    const response = await fetch(url, bare({ ...FETCH_OPTIONS, method, body, headers, signal }));
+    if (responseType(response) === "opaqueredirect") {
+      abort(controller);
       return { type: "error", id, reason: "refused", message: "redirected" };
     }
-    const present = RELAYED_HEADERS.filter((name) => response.headers.has(name));
-    const told = present.map((name) => [name, response.headers.get(name)]);
-    say(link, { type: "response", id, status: response.status, headers: Object.fromEntries(told) });
+    const status = responseStatus(response);
+    const told = toldHeaders(responseHeaders(response));
+    say(link, { type: "response", id, status, headers: told });
+    noteDue(status, told);
     const stream = responseBody(response);
     if (stream !== null) {
       const reader = streamReader(stream);
@@ -469,19 +623,21 @@
   /** @param {Link} link @param {any} message a `fetch` */
   const relay = async (link, message) => {
     const { id } = message;
-    if (!Number.isInteger(id) || id < 0 || id > 0xffffffff) return; // there is no way to answer this
-    const reason = link.exchanges.has(id) ? `id ${id} is in use` : refusal(message);
+    if (!isInteger(id) || id < 0 || id > 0xffffffff) return; // there is no way to answer this
+    const reason = id in link.exchanges ? `id ${id} is in use` : refusal(message);
     if (reason !== null) return queueOutcome(link, { type: "error", id, reason: "refused", message: reason });
     const controller = new AbortController();
-    link.exchanges.set(id, controller);
+    link.exchanges[id] = controller;
+    link.running += 1;
     render();
     try {
       queueOutcome(link, await exchange(link, message, controller));
     } catch (error) {
-      const why = controller.signal.aborted ? "aborted" : "network";
-      queueOutcome(link, { type: "error", id, reason: why, message: String(error) });
+      const why = isAborted(signalOf(controller)) ? "aborted" : "network";
+      queueOutcome(link, { type: "error", id, reason: why, message: `${error}` });
     } finally {
-      link.exchanges.delete(id);
+      delete link.exchanges[id];
+      link.running -= 1;
       render();
     }
   };
@@ -534,10 +690,13 @@
   // ==== Commands of the program ======================================================================================
 
   /** @type {Record<string, (link: Link, message: any) => unknown>} */
-  const commands = {
+  const commands = bare({
+    /** @param {Link} link @param {any} message */
     welcome(link, message) {
       link.welcomed = true;
+      link.outdated = typeof message.version === "string" && message.version !== VERSION;
       tab.retries = 0;
+      if (message.heartbeat_seconds > 0) link.beatMs = 1000 * message.heartbeat_seconds;
       if (typeof message.auth_cookie === "string" && message.auth_cookie) tab.authCookie = message.auth_cookie;
       if (models.length > 0) sendModels(link);
       deliverCaptures();
@@ -545,12 +704,18 @@
       look();
     },
     fetch: relay,
+    /** @param {Link} link @param {any} message */
     abort(link, message) {
-      link.exchanges.get(message.id)?.abort();
+      if (message.id in link.exchanges) abort(link.exchanges[message.id]);
     },
+    /** @param {Link} link @param {any} message */
     ping(link, message) {
+      // By the program's clock: two pings that waited on the way arrive together.
+      if (link.pingedAt > 0) link.beatMs = 1000 * (message.t - link.pingedAt);
+      link.pingedAt = message.t;
       say(link, { type: "pong", t: message.t });
     },
+    /** @param {Link} link */
     send_models(link) {
       const found = pageModels();
       if (found.length > 0) models = found; // a page shown later may have none: the old list still holds
@@ -559,16 +724,17 @@
     // Loading the page lets the site's own check run, in front of the person.
     reload() {
       const key = "lmarena_proxy.reloaded_at";
-      if (Date.now() - Number(stored("sessionStorage", key) ?? 0) < RELOAD_PAUSE_MS) return;
+      const pastMs = Date.now() - Number(stored("sessionStorage", key) ?? 0);
+      if (pastMs >= 0 && pastMs < RELOAD_PAUSE_MS) return; // below zero: the clock was set back
       stored("sessionStorage", key, String(Date.now()));
       location.reload();
     },
-  };
+  });
 
   // ==== Connection ===================================================================================================
 
   const connect = () => {
-    Object.assign(tab, { retryTimer: 0, policyForbids: false });
+    assign(tab, { retryTimer: 0, policyForbids: false });
     /** @type {WebSocket} */
     let socket;
     try {
@@ -577,7 +743,6 @@
       tab.trouble = "policy_forbids"; // a browser that takes ws:// from an https page for mixed content
       return retryLater();
     }
-    socket.binaryType = "arraybuffer";
     const link = newLink(socket);
     let opened = false;
     tab.link = link;
@@ -589,23 +754,43 @@
       render();
     });
     listen(socket, "message", (/** @type {MessageEvent} */ event) => {
+      if (link.over) return;
+      link.heardAt = now();
       const data = messageData(event);
       const message = typeof data === "string" ? parse(data) : null;
-      if (Object.hasOwn(commands, message?.type)) commands[message.type](link, message);
+      if (message?.type in commands) commands[message.type](link, message);
     });
     listen(socket, "close", (/** @type {CloseEvent} */ event) => {
-      for (const controller of link.exchanges.values()) controller.abort();
-      if (tab.link === link) tab.link = null;
-      if (event.code === CLOSED_FOR_REINSTALL) {
-        tab.role = "stopped";
-        stepDown(); // a tab that has the new script already can take over
-      } else if (tab.role === "leading" && tab.link === null) {
-        if (!opened) diagnose();
-        retryLater();
-      }
-      render();
+      if (!opened && !link.over && tab.role === "leading") void diagnose();
+      hangUp(link, closeCode(event));
     });
     render();
+  };
+
+  /** The end of a connection: told by the browser, or found by the silence. @param {Link} link @param {number} code */
+  const hangUp = (link, code) => {
+    if (link.over) return;
+    link.over = true;
+    for (const id in link.exchanges) abort(link.exchanges[id]);
+    if (tab.link === link) tab.link = null;
+    if (code === CLOSED_FOR_REINSTALL) {
+      tab.role = "stopped";
+      stepDown(); // a tab that has the new script already can take over
+    } else if (tab.role === "leading" && tab.link === null) {
+      retryLater();
+    }
+    render();
+  };
+
+  /** A path that has silently ceased to carry anything closes no connection: neither end is told. The program's pings
+   * show that it is there. */
+  const listenForSilence = () => {
+    const { link } = tab;
+    if (link === null || !(link.beatMs > 0)) return;
+    const patienceMs = SILENT_BEATS * link.beatMs;
+    if (now() - link.heardAt < (patienceMs < LEAST_PATIENCE_MS ? LEAST_PATIENCE_MS : patienceMs)) return;
+    socketClose(link.socket);
+    hangUp(link, 0);
   };
 
   const retryLater = () => {
@@ -663,7 +848,7 @@
   listen(document, "securitypolicyviolation", (/** @type {SecurityPolicyViolationEvent} */ event) => {
     if (event.disposition !== "enforce" || event.effectiveDirective !== "connect-src") return;
     if (!event.blockedURI.startsWith(new URL(BRIDGE_URL).origin)) return;
-    Object.assign(tab, { policyForbids: true, trouble: "policy_forbids" });
+    assign(tab, { policyForbids: true, trouble: "policy_forbids" });
     render();
   });
 
@@ -683,7 +868,7 @@
       clearTimeout(tab.retryTimer);
       tab.retryTimer = 0;
       if (tab.role === "leading") tab.role = "waiting";
-      tab.link?.socket.close();
+      if (tab.link) socketClose(tab.link.socket);
     };
     const begin = () => {
       tab.role = "leading";
@@ -810,7 +995,11 @@
   listen(window, "pagehide", () => stepDown());
   listen(window, "pageshow", (/** @type {PageTransitionEvent} */ event) => event.persisted && lead());
   if ("cookieStore" in window) listen(window.cookieStore, "change", look);
-  window.setInterval(look, LOOK_MS);
+  window.setInterval(() => {
+    listenForSilence();
+    void look();
+    badge.place(); // the site's controls come and go
+  }, LOOK_MS);
 
   look();
   lead();

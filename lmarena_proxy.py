@@ -1846,6 +1846,8 @@ class Welcome(Frame, frozen=True):
     protocol: int
     version: str
     auth_cookie: str
+    # How often a ping comes: the tab gives up a connection that has long been without one.
+    heartbeat_seconds: float = 0
 
 
 class Fetch(Frame, frozen=True):
@@ -1955,6 +1957,16 @@ class BridgeChanged(Event, frozen=True):
     state: str
     account: str | None
     advice: str
+
+
+class ScriptOutdated(Event, frozen=True):
+    level = logging.WARNING
+    line = (
+        "Tab {bridge} has the userscript {script}, but this is {version}: open /bridge.user.js to update it"
+    )
+    bridge: int
+    script: str
+    version: str
 
 
 class BridgeLost(Event, frozen=True):
@@ -3183,6 +3195,7 @@ HELLO_TIMEOUT_SECONDS = 10
 CLOSE_TIMEOUT_SECONDS = 2
 FAREWELL_SECONDS = 0.1
 RELOAD_INTERVAL_SECONDS = 60
+RELOAD_PATIENCE_SECONDS = 30
 # The userscript's frames stay below 1 MiB; the page's model list is the largest text.
 MAX_FRAME_BYTES = 16 << 20
 # What may wait for a client that reads slowly. An answer in text is rarely a tenth of it.
@@ -3216,6 +3229,11 @@ class Exchange:
     @property
     def is_over(self) -> bool:
         return self._ended or self._broken is not None
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether its answer has begun to arrive, and has not ended."""
+        return self._head is not None and not self.is_over
 
     @property
     def is_running_there(self) -> bool:
@@ -3298,6 +3316,8 @@ class Bridge:
         self._connection = connection
         self._outbox, self._outgoing = trio.open_memory_channel[Frame](math.inf)
         self._exchanges: dict[int, Exchange] = {}
+        # Where those wait who wait for exchanges to end.
+        self._left = trio.lowlevel.ParkingLot()
         self._ids = itertools.count(1)
         self._heard_at = trio.current_time()
 
@@ -3315,6 +3335,11 @@ class Bridge:
     @property
     def in_flight(self) -> int:
         return len(self._exchanges)
+
+    async def wait_streamed(self) -> None:
+        """Wait until no answer is arriving: one that was broken off would not be sent again."""
+        while any(exchange.is_streaming for exchange in self._exchanges.values()):
+            await self._left.park()
 
     def send(self, frame: Frame) -> None:
         """Put a frame in the outbox. A bridge that is gone swallows it: its exchanges have failed already."""
@@ -3336,6 +3361,7 @@ class Bridge:
         finally:
             if self._exchanges.pop(exchange.id, None) and exchange.is_running_there:
                 self.send(Abort(exchange.id))
+            self._left.unpark_all()
 
     async def carry(self, heartbeat_seconds: float, on_frame: Callable[[BrowserFrame], None]) -> str:
         """Read, write and beat until the connection ends; returns why it did.
@@ -3702,6 +3728,9 @@ class Bridges:
         # One at a time: two tabs that wait must not both find the minute over.
         async with self._reload_turn:
             await trio.sleep_until(self._reloaded_at + RELOAD_INTERVAL_SECONDS)
+            # Loading the page breaks off what still streams through it: that may end first, if it does soon.
+            with trio.move_on_after(RELOAD_PATIENCE_SECONDS):
+                await bridge.wait_streamed()
             if bridge.id not in self._bridges or not bridge.overruled:
                 return
             self._reloaded_at = trio.current_time()
@@ -3838,8 +3867,11 @@ class BridgeListener:
         if state is None:
             raise ProtocolError(f"unknown state: {hello.state!r}")
         bridge.script, bridge.url = hello.script, hello.url
-        bridge.send(Welcome(PROTOCOL, VERSION, self._config.arena.auth_cookie))
+        heartbeat_seconds = self._config.bridge.heartbeat_seconds
+        bridge.send(Welcome(PROTOCOL, VERSION, self._config.arena.auth_cookie, heartbeat_seconds))
         self._bridges.add(bridge, hello.url, state, hello.account)
+        if hello.script != VERSION:
+            self._bus.publish(ScriptOutdated(bridge.id, hello.script, VERSION))
 
     def _merge_models(self, entries: list[Any]) -> None:
         models = []
@@ -6311,10 +6343,13 @@ class Api:
             ("BRIDGE_URL", self.bridge_url),
             ("INSTALL_URL", f"{self.url}/bridge.user.js"),
             ("AUTH_COOKIE", self._config.arena.auth_cookie),
+            ("VERSION", VERSION),
         ):
             line = f"const {name} = {encode_json(value).decode()};"
             script, count = re.subn(rf'const {name} = ".*";', line.replace("\\", r"\\"), script)
             assert count == 1, name
+        for name, text in (("version", VERSION), ("(?:update|download)URL", f"{self.url}/bridge.user.js")):
+            script = re.sub(rf"^(// @{name} +)\S+$", rf"\g<1>{text}", script, flags=re.MULTILINE)
         return Response(
             script, content_type="text/javascript; charset=utf-8", headers={"cache-control": "no-store"}
         )

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import socket
 import struct
 from collections import Counter
@@ -44,7 +45,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 from demo import contract
 from demo.arena import Arena, Failure, Switches
 from demo.twin import Twin
-from lmarena_proxy import RequestEnded, SessionRetired
+from lmarena_proxy import VERSION, RequestEnded, SessionRetired
 
 HARD_PIECES = [
     "你好，世界",
@@ -1087,6 +1088,10 @@ async def test_the_userscript_has_the_addresses_filled_in(nursery: trio.Nursery,
     assert f'const BRIDGE_URL = "{rig.program.api.bridge_url}";' in script
     assert f'const INSTALL_URL = "{rig.url}/bridge.user.js";' in script
     assert 'const AUTH_COOKIE = "arena-auth-prod-v1";' in script
+    assert f'const VERSION = "{VERSION}";' in script
+    assert re.search(rf"^// @version +{re.escape(VERSION)}$", script, re.MULTILINE)
+    for name in ("updateURL", "downloadURL"):
+        assert re.search(rf"^// @{name} +{re.escape(rig.url)}/bridge.user.js$", script, re.MULTILINE)
     assert "9081" not in rig.program.api.bridge_url  # so the default is not what was looked at
 
 

@@ -85,8 +85,14 @@ def test_every_frame_from_the_browser_is_read(frame: dict[str, Any], expected: B
     ("frame", "expected"),
     [
         (
-            Welcome(1, "1.0.0", "c"),
-            {"type": "welcome", "protocol": 1, "version": "1.0.0", "auth_cookie": "c"},
+            Welcome(1, "1.0.0", "c", 20),
+            {
+                "type": "welcome",
+                "protocol": 1,
+                "version": "1.0.0",
+                "auth_cookie": "c",
+                "heartbeat_seconds": 20,
+            },
         ),
         (
             Fetch(1, "PUT", "/api/stream/x", "b"),

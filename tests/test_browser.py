@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from harness import SIX_MODELS, Terminal, model_id, write_config, write_models
-from playwright.sync_api import BrowserContext, Page, Playwright, sync_playwright
-from userscript_bridge import CHROMIUM, SITE, ArenaProcess, UserscriptBrowser, eventually, wait_status
+from playwright.sync_api import Page, Playwright
+from userscript_bridge import (
+    CHROMIUM,
+    SITE,
+    ArenaProcess,
+    Everything,
+    UserscriptBrowser,
+    eventually,
+    wait_status,
+)
 
 from lmarena_proxy import PROMPT
 
@@ -40,57 +47,6 @@ CONFIG: dict[str, dict[str, Any]] = {
 }
 
 
-class Everything:
-    """The running program, the arena process and the person's browser."""
-
-    def __init__(self, terminal: Terminal, arena: ArenaProcess, browser: UserscriptBrowser) -> None:
-        self.terminal, self.arena = terminal, arena
-        output = self.console("Waiting for an LMArena tab")
-        self.url = next(line for line in output.split() if line.startswith("http://")).removesuffix("/v1")
-        self.context: BrowserContext = browser.browser.new_context(ignore_https_errors=True)
-        self.context.add_init_script(httpx.get(f"{self.url}/bridge.user.js").text)
-        self.context.set_default_timeout(60_000)
-        self.page: Page = self.context.new_page()
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120)
-
-    def console(self, text: str) -> str:
-        """Wait until a text stands on the console; returns all of it."""
-        try:
-            eventually(lambda: text in self.terminal.output, f"{text!r} on the console")
-        except AssertionError as error:
-            raise AssertionError(f"{error}; it shows:\n{self.terminal.output}") from None
-        return self.terminal.output
-
-    def state(self) -> Any:
-        return httpx.get(f"{self.url}/api/state").json()
-
-    def calls(self, kind: str) -> list[dict[str, Any]]:
-        return [call for call in self.arena.record() if call["kind"] == kind]
-
-    def ask(self, model: str, text: str) -> str:
-        answer = self.client.chat.completions.create(
-            model=model, messages=[{"role": "user", "content": text}]
-        )
-        return answer.choices[0].message.content or ""
-
-    def sessions(self, name: str) -> int:
-        pools = self.state()["pool"]
-        return next(int(pool["sessions"]) for pool in pools if pool["model"] == name)
-
-
-@pytest.fixture(scope="module")
-def arena_process() -> Iterator[ArenaProcess]:
-    process = ArenaProcess()
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as started:
-        yield started
-
-
 @pytest.fixture(scope="module")
 def everything(
     tmp_path_factory: pytest.TempPathFactory, arena_process: ArenaProcess, playwright: Playwright
@@ -101,7 +57,7 @@ def everything(
     browser = UserscriptBrowser(playwright, arena_process)
     arena_process.reset(check=True, latency_seconds=0.2)
     with Terminal(directory, "--config", str(config)) as terminal:
-        yield Everything(terminal, arena_process, browser)
+        yield Everything(terminal, arena_process, browser.browser)
         browser.browser.close()
 
 

@@ -6,7 +6,6 @@ Hypothesis is synchronous: it drives a plain client in a worker thread, against 
 import base64
 import contextlib
 import json
-import logging
 import re
 import socket
 from collections import Counter
@@ -77,13 +76,7 @@ async def drive(rig: Rig, fuzz: Callable[[httpx.Client], None]) -> None:
         assert (pool.limiter.borrowed_tokens, pool.waiting, pool.busy) == (0, 0, 0), pool
 
 
-@pytest.fixture(autouse=True)
-def errors(caplog: pytest.LogCaptureFixture) -> Any:
-    """An error of the program is logged with its traceback, and fails the test."""
-    caplog.set_level(logging.WARNING, "lmarena_proxy")
-    yield
-    records = [record for record in caplog.get_records("call") if record.name.startswith("lmarena_proxy")]
-    assert [record.getMessage() for record in records if record.exc_info] == []
+pytestmark = pytest.mark.usefixtures("errors")
 
 
 def check_refusal(response: httpx.Response, *statuses: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import BrowserContext, Page, Playwright, Route, sync_playwright
+from playwright.sync_api import BrowserContext, Page, Playwright, Route
 from userscript_bridge import (
     BADGE,
     CHROMIUM,
@@ -36,19 +36,6 @@ MIXED_TEXT = "你好，世界 😀 — ñ"
 ANSWER_ALL_KINDS = f'af:{{}}\na0:{json.dumps(MIXED_TEXT, ensure_ascii=False)}\nad:{{"finishReason":"stop"}}\n'
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}")
-
-
-@pytest.fixture(scope="module")
-def arena_process() -> Iterator[ArenaProcess]:
-    process = ArenaProcess()
-    yield process
-    process.stop()
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -661,26 +648,85 @@ def test_the_page_reads_an_answer_while_it_runs_and_can_stop_it(
     assert tab.all("captured") == []
 
 
-def test_a_page_that_wraps_everything_reads_nothing(page: Page, tab: Connection) -> None:
-    page.evaluate(
-        """() => {
-          window.stolen = [];
-          const spy = (owner, name) => {
-            const native = owner[name];
-            owner[name] = function (...args) { stolen.push(name); return Reflect.apply(native, this, args); };
-          };
-          spy(WebSocket.prototype, "send"); spy(JSON, "parse"); spy(JSON, "stringify"); spy(window, "fetch");
-          spy(Response.prototype, "clone"); spy(ReadableStream.prototype, "getReader");
-          spy(ReadableStreamDefaultReader.prototype, "read"); spy(TextDecoder.prototype, "decode");
-          spy(Uint8Array.prototype, "set"); spy(crypto.subtle, "digest");
-          spy(MessagePort.prototype, "postMessage");
-          const data = Object.getOwnPropertyDescriptor(MessageEvent.prototype, "data").get;
-          const get = function () { stolen.push("data"); return data.call(this); };
-          Object.defineProperty(MessageEvent.prototype, "data", { get });
-        }"""
-    )
-    assert tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))).outcome == {"type": "end", "id": 1}
-    assert page.evaluate("stolen") == []
+SPY = """secret => {
+  const { apply, ownKeys, getOwnPropertyDescriptor, defineProperty, getPrototypeOf } = Reflect;
+  const [decoder, decode] = [new TextDecoder(), TextDecoder.prototype.decode];
+  const includes = String.prototype.includes;
+  const [isView, Buffer, treasures] = [ArrayBuffer.isView, ArrayBuffer, [WebSocket, MessageEvent, Response]];
+  const told = text => apply(includes, text, [secret]);
+  const carries = (value, depth) => {
+    if (typeof value === "string") return told(value);
+    if (typeof value !== "object" || value === null) return false;
+    for (let at = 0; at < 3; at += 1) if (value instanceof treasures[at]) return true;
+    if (isView(value) || value instanceof Buffer) return told(apply(decode, decoder, [value]));
+    const keys = depth > 0 ? ownKeys(value) : [];
+    for (let at = 0; at < keys.length; at += 1) {
+      if (carries(getOwnPropertyDescriptor(value, keys[at])?.value, depth - 1)) return true;
+    }
+    return false;
+  };
+  const leaks = window.leaks = [];
+  let isLooking = false;
+  const look = (name, ...seen) => {
+    if (isLooking) return;
+    isLooking = true;
+    if (carries(seen, 5)) leaks[leaks.length] = name;
+    isLooking = false;
+  };
+  const spying = (name, native) => function (...args) {
+    const result = new.target ? Reflect.construct(native, args, new.target) : apply(native, this, args);
+    look(name, this, args, result);
+    return result;
+  };
+  const wrap = (label, owner) => {
+    for (const key of ownKeys(owner)) {
+      const found = getOwnPropertyDescriptor(owner, key);
+      const name = `${label}.${String(key)}`;
+      if (!found.configurable || /constructor|prototype|hasInstance/.test(name)) continue;
+      for (const part of ["value", "get", "set"]) {
+        const isPlain = part !== "value" || !/^[A-Z]/.test(String(key));
+        if (typeof found[part] === "function" && isPlain) found[part] = spying(name, found[part]);
+      }
+      defineProperty(owner, key, found);
+    }
+  };
+  const names = `Object Array Map Set Promise String Number RegExp JSON Math Reflect Function Symbol
+    Uint8Array ArrayBuffer DataView WebSocket Response Request Headers URL AbortController AbortSignal
+    EventTarget Event MessageEvent CloseEvent ReadableStream ReadableStreamDefaultReader TextDecoder
+    TextEncoder MessagePort Performance SubtleCrypto Blob Error`.split(/\\s+/);
+  const owners = names.flatMap(name => [[name, window[name]], [`${name}#`, window[name].prototype]]);
+  owners.push(["TypedArray#", getPrototypeOf(Uint8Array.prototype)]);
+  owners.push(["Iterator#", getPrototypeOf([].values())]);
+  for (const name of ["fetch", "setTimeout", "queueMicrotask", "structuredClone"]) {
+    window[name] = spying(name, window[name]);
+  }
+  for (const name of ["toJSON", "keepalive", "integrity", "mode"]) {
+    const get = function () { look(`inherited ${name}`, this); };
+    defineProperty(Object.prototype, name, { get, set() {}, configurable: true });
+  }
+  for (const [label, owner] of owners) if (owner) wrap(label, owner);
+}"""
+
+
+def test_a_page_that_wraps_everything_reads_nothing(page: Page, tab: Connection, arena: ArenaProcess) -> None:
+    """Whatever of its globals a page replaces after the script has begun: no frame and no answer passes it.
+
+    What would see them is `Object.prototype.then`, with which no page works.
+    """
+    secret = "what only the program knows"
+    answer = f"a0:{json.dumps(secret)}\n" * 5 + ANSWER_ALL_KINDS
+    arena.switch(raw={"*": answer})
+    page.evaluate(SPY, secret)
+    exchange = tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL, secret)))
+    assert exchange.outcome == {"type": "end", "id": 1}
+    assert exchange.head
+    assert exchange.head["headers"]["content-type"].startswith("text/plain")
+    assert bytes(exchange.body) == answer.encode()
+    tab.send(type="ping", t=1)
+    tab.first("pong")
+    assert page.evaluate("leaks.splice(0)") == []
+    page.evaluate("secret => void JSON.parse(JSON.stringify([secret]))", secret)
+    assert page.evaluate("leaks.length") > 0  # the spies are at work
 
 
 # ==== Model list ============================================================================================
@@ -774,6 +820,23 @@ def test_the_script_comes_back_when_the_program_does(
     wait_status(page, "ready")
     assert again.first("hello")["state"] == "ready"
     assert again.finish(again.fetch(CREATE_PATH, create_body(CHAT_MODEL))).outcome == {"type": "end", "id": 1}
+
+
+def test_a_program_that_is_not_heard_any_more_is_called_again(
+    page: Page, tab: Connection, bridge: ScriptedBridge, arena: ArenaProcess
+) -> None:
+    """A path that carries nothing any more closes nothing: the missing pings tell."""
+    arena.switch(hang_after_lines=1)
+    tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))
+    eventually(lambda: arena.stats()["running"] == 1, "a running call")
+    before = len(bridge.connections)
+    tab.send(type="ping", t=100.0)
+    tab.send(type="ping", t=100.5)
+    assert bridge.connection(before).wait_state("ready")
+    eventually(lambda: arena.stats()["aborted"] == 1, "the abort at the site")
+    wait_status(page, "ready")
+    page.wait_for_timeout(3500)
+    assert len(bridge.connections) == before + 1  # its pace is not known yet
 
 
 def test_another_protocol_stops_the_script(page: Page, bridge: ScriptedBridge) -> None:
@@ -888,19 +951,201 @@ def test_the_badge_is_closed_and_stays_collapsed(page: Page, tab: Connection) ->
     assert host.bounding_box() == open_box
 
 
-@pytest.mark.parametrize("width", [360, 1280])
+def inside(page: Page) -> list[dict[str, Any]]:
+    """The badge's elements and texts, which the page itself cannot read."""
+
+    def nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield node
+        for child in [*node.get("shadowRoots", []), *node.get("children", [])]:
+            yield from nodes(child)
+
+    session = page.context.new_cdp_session(page)
+    document = session.send("DOM.getDocument", {"depth": -1, "pierce": True})["root"]
+    session.detach()
+    host = next(node for node in nodes(document) if node["localName"] == BADGE)
+    return [*nodes(host)]
+
+
+def said(page: Page) -> str:
+    return "|".join(node["nodeValue"] for node in inside(page) if node["nodeName"] == "#text")
+
+
+def attributes(page: Page, element: str) -> dict[str, str]:
+    pairs = next(node["attributes"] for node in inside(page) if node["localName"] == element)
+    return dict(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def width(page: Page) -> float:
+    box = page.locator(BADGE).bounding_box()
+    assert box
+    return box["width"]
+
+
+def corner(page: Page) -> str | None:
+    return page.get_attribute(BADGE, "data-corner")
+
+
+def test_the_badge_counts_what_runs(page: Page, tab: Connection, arena: ArenaProcess) -> None:
+    arena.switch(hang_after_lines=1)
+    running = [tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)) for _ in range(3)]
+    eventually(lambda: said(page) == "lmarena_proxy: Connected.|3 running", "three running")
+    for exchange in running:
+        tab.send(type="abort", id=exchange.number)
+    eventually(lambda: said(page) == "lmarena_proxy: Connected.", "none running")
+
+
+def test_the_badge_is_folded_from_the_keyboard_and_named_for_screen_readers(
+    page: Page, tab: Connection
+) -> None:
+    page.evaluate("document.body.replaceChildren()")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.localName") == BADGE
+    assert attributes(page, "span") == {"role": "status", "aria-live": "polite"}
+    assert attributes(page, "button")["aria-label"] == "lmarena_proxy"
+    for key, expanded in (("Enter", "false"), ("Space", "true"), ("Space", "false")):
+        page.keyboard.press(key)
+        assert attributes(page, "button")["aria-expanded"] == expanded
+        assert (width(page) > 40) == (expanded == "true")
+
+
+def test_a_folded_badge_unfolds_when_the_person_is_needed(page: Page, tab: Connection) -> None:
+    cookies = page.context.cookies(SITE)
+
+    def press() -> None:
+        box = page.locator(BADGE).bounding_box()
+        assert box
+        page.mouse.click(box["x"] + 15, box["y"] + 15)
+        page.mouse.move(600, 300)
+
+    press()
+    eventually(lambda: width(page) < 40, "the dot")
+    page.evaluate("cookieStore.delete('arena-auth-prod-v1')")
+    wait_status(page, "sign_in")
+    assert width(page) > 40
+    press()  # the person has read it
+    page.wait_for_timeout(1500)
+    assert width(page) < 40
+    page.context.add_cookies(cookies)  # type: ignore[arg-type]
+    wait_status(page, "ready")
+    assert width(page) < 40
+    page.evaluate("cookieStore.delete('arena-auth-prod-v1')")
+    wait_status(page, "sign_in")
+    assert width(page) > 40
+
+
+def test_the_badge_keeps_clear_of_the_site_s_controls(page: Page, tab: Connection) -> None:
+    def cover(name: str, style: str) -> None:
+        page.evaluate(
+            """([name, style]) => {
+              const control = document.createElement(name);
+              control.style = `position: fixed; ${style}`;
+              document.body.append(control);
+            }""",
+            [name, style],
+        )
+
+    page.mouse.move(600, 300)
+    assert corner(page) == "bottom left"
+    cover("div", "left: 0; bottom: 0; width: 100px; height: 100px")  # not a control
+    page.set_viewport_size({"width": 1200, "height": 700})
+    assert corner(page) == "bottom left"
+    cover("button", "left: 20px; bottom: 20px; width: 30px; height: 20px")
+    eventually(lambda: corner(page) == "bottom right", "the next corner")
+    cover("textarea", "left: 0; right: 0; bottom: 0; height: 60px")
+    eventually(lambda: corner(page) == "top right", "the next corner")
+    assert width(page) > 40
+    cover("select", "left: 60px; right: 60px; top: 0; height: 60px")
+    eventually(lambda: width(page) < 40, "the dot")
+    assert (corner(page) or "").startswith("top")
+    page.set_viewport_size({"width": 300, "height": 700})
+    page.evaluate("document.querySelectorAll('body > [style]').forEach(each => each.remove())")
+    eventually(lambda: width(page) > 40, "the whole badge")
+
+
+def test_the_badge_says_what_the_site_s_answers_say_is_due(
+    page: Page, tab: Connection, arena: ArenaProcess
+) -> None:
+    arena.control("POST", "expire")
+    tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    wait_status(page, "sign_in_stale")
+    assert "reload this page" in said(page)
+    page.reload()
+    wait_status(page, "ready")
+    again = tab.bridge.connected()
+    again.wait_state("ready")
+    arena.control("POST", "challenge")
+    again.finish(again.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    wait_status(page, "check_due")
+    assert "human check" in said(page)
+    arena.switch(check=False)
+    again.finish(again.fetch(CREATE_PATH, create_body(CHAT_MODEL)))
+    wait_status(page, "ready")
+
+
+def test_the_badge_says_when_the_program_has_another_version_of_the_script(
+    browser: UserscriptBrowser, bridge: ScriptedBridge
+) -> None:
+    bridge.welcome["version"] = "99.0.0"
+    with browser.profile(bridge) as profile:
+        page = profile.new_page()
+        sign_in(page)
+        wait_status(page, "outdated")
+        assert "Please update this script: http://" in said(page)
+
+
+MARKUP = "<img src=x onerror=window.broken=1>"
+
+
+def test_the_badge_takes_no_markup(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    class Marked(ScriptedBridge):
+        @property
+        def url(self) -> str:
+            return f"ws://127.0.0.1:{self.port}/{MARKUP}"
+
+    marked = Marked(bridge.port)
+    with browser.profile(marked) as profile:
+        page = profile.new_page()
+        bridge.welcome |= {"version": MARKUP, "auth_cookie": MARKUP, "detail": MARKUP}
+        sign_in(page)
+        connection = bridge.connected()
+        assert MARKUP in connection.wait_state("sign_in")["detail"]
+        connection.send(type="welcome", version=MARKUP, detail=MARKUP, auth_cookie=MARKUP)
+        connection.send(type="state", state=MARKUP, detail=MARKUP)
+        bridge.stop()
+        wait_status(page, "not_running")
+        assert MARKUP in said(page)  # the address of the bridge, as text
+        names = {node["localName"] for node in inside(page)}
+        assert names == {"", BADGE, "div", "button", "i", "span", "b"}
+        assert page.evaluate("window.broken") is None
+
+
+@pytest.mark.parametrize("locale", ["zh-CN", "zh-TW", "en-US", "de-DE"])
+def test_the_badge_speaks_chinese_or_english(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge, locale: str
+) -> None:
+    with browser.profile(bridge, locale=locale) as profile:
+        page = profile.new_page()
+        page.goto(SITE)
+        wait_status(page, "sign_in")
+        chinese = locale.startswith("zh")
+        assert ("请登录" if chinese else "Please sign in") in said(page)
+
+
+@pytest.mark.parametrize("pixels", [360, 1280])
 def test_the_badge_fits_the_window(
-    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge, width: int
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge, pixels: int
 ) -> None:
     bridge.stop()
-    with browser.profile(bridge, viewport={"width": width, "height": 700}, locale="zh-CN") as profile:
+    with browser.profile(bridge, viewport={"width": pixels, "height": 700}, locale="zh-CN") as profile:
         page = profile.new_page()
         page.goto(SITE)
         wait_status(page, "not_running")
         box = page.locator(BADGE).bounding_box()
         assert box
         assert box["x"] >= 0
-        assert box["x"] + box["width"] <= width
+        assert box["x"] + box["width"] <= pixels
         assert box["y"] + box["height"] <= 700
         assert page.evaluate(f"document.querySelector('{BADGE}').lang") == "zh-CN"
 

@@ -1,7 +1,8 @@
-"""What the tests of the userscript are played with: a scripted program, the stand-in arena, a real Chromium.
+"""What the tests in a real browser are played with: a program, the stand-in arena, a real Chromium.
 
-`ScriptedBridge` is the program's end of the WebSocket in a thread of its own. Tests are written without
-`await`: they send, and wait for what arrives. Every wait is a poll with a generous deadline.
+The program is `ScriptedBridge`, its end of the WebSocket reduced to what a test says, in a thread of its own;
+or `Everything` has the real one, in a terminal. Tests are written without `await`: they send, and wait for
+what arrives. Every wait is a poll with a generous deadline.
 """
 
 import hashlib
@@ -21,9 +22,14 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import httpx
+import openai
 import trio
+from harness import Terminal
 from playwright.sync_api import Browser, BrowserContext, Error, Page, Playwright
 from trio_websocket import ConnectionClosed, WebSocketConnection, WebSocketRequest, serve_websocket
+
+from lmarena_proxy import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = "https://lmarena.ai"
@@ -145,7 +151,8 @@ class ScriptedBridge:
     def __init__(self, port: int = 0) -> None:
         self.port = port
         self.connections: list[Connection] = []
-        self.welcome: dict[str, Any] = {"protocol": 1, "version": "test", "auth_cookie": "arena-auth-prod-v1"}
+        self.welcome: dict[str, Any] = {"protocol": 1, "version": VERSION}
+        self.welcome["auth_cookie"] = "arena-auth-prod-v1"
         self.close_code: int | None = None  # said in place of a welcome
         self.reading = True
         self.thread: threading.Thread | None = None
@@ -257,12 +264,15 @@ class ArenaProcess:
 class UserscriptBrowser:
     """Chromium for which lmarena.ai is the stand-in, and the script as a script manager would inject it."""
 
-    def __init__(self, playwright: Playwright, arena: ArenaProcess, *flags: str) -> None:
+    def __init__(
+        self, playwright: Playwright, arena: ArenaProcess, *flags: str, port: int | None = None
+    ) -> None:
+        """`port`: where the arena is reached, if not at its own."""
         self.arena = arena
         self.browser: Browser = playwright.chromium.launch(
             executable_path=CHROMIUM,
             args=[
-                f"--host-resolver-rules=MAP lmarena.ai:443 127.0.0.1:{arena.port}",
+                f"--host-resolver-rules=MAP lmarena.ai:443 127.0.0.1:{port or arena.port}",
                 "--ignore-certificate-errors",
                 *CHROMIUM_FLAGS,
                 *flags,
@@ -279,6 +289,50 @@ class UserscriptBrowser:
             yield context
         finally:
             context.close()
+
+
+class Everything:
+    """The running program, the arena process, and the person's browser with the script as it is served."""
+
+    def __init__(self, terminal: Terminal, arena: ArenaProcess, browser: Browser) -> None:
+        self.terminal, self.arena, self.browser = terminal, arena, browser
+        output = self.console("Waiting for an LMArena tab")
+        self.url = next(word for word in output.split() if word.startswith("http://")).removesuffix("/v1")
+        self.script = httpx.get(f"{self.url}/bridge.user.js").text
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120)
+        self.context = self.profile()
+        self.page = self.context.new_page()
+
+    def profile(self, **options: Any) -> BrowserContext:
+        """A further profile of the browser, with the script installed."""
+        context = self.browser.new_context(ignore_https_errors=True, **options)
+        context.add_init_script(self.script)
+        context.set_default_timeout(DEADLINE_SECONDS * 1000)
+        return context
+
+    def console(self, text: str, times: int = 1) -> str:
+        """Wait until a text stands on the console, so many times; returns all of it."""
+        try:
+            eventually(lambda: self.terminal.output.count(text) >= times, f"{text!r} on the console")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it shows:\n{self.terminal.output}") from None
+        return self.terminal.output
+
+    def state(self) -> Any:
+        return httpx.get(f"{self.url}/api/state").json()
+
+    def calls(self, kind: str) -> list[dict[str, Any]]:
+        return [call for call in self.arena.record() if call["kind"] == kind]
+
+    def ask(self, model: str, text: str) -> str:
+        answer = self.client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": text}]
+        )
+        return answer.choices[0].message.content or ""
+
+    def sessions(self, name: str) -> int:
+        pools = self.state()["pool"]
+        return next(int(pool["sessions"]) for pool in pools if pool["model"] == name)
 
 
 def script_for(bridge: ScriptedBridge) -> str:
