@@ -110,6 +110,7 @@ import prometheus_client
 import trio
 import trio_websocket
 from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.events import RawData
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -5057,6 +5058,58 @@ class ClientLeft(Exception):
     """The client closed its connection; nobody is left to be told."""
 
 
+class HttpConnection(TCPServer):
+    """One client's connection, served by Hypercorn.
+
+    A streamed body passes it by: its pieces, in HTTP/1.1's chunked coding, go straight to the socket. In
+    Hypercorn one of them costs three times what everything else done for it does. The head and the body's
+    end are Hypercorn's, so that it knows what state the connection is in.
+    """
+
+    # Its place in the state that Hypercorn hands to each request.
+    STATE_KEY = "lmarena_proxy.connection"
+
+    def __init__(self, app: ASGIWrapper, settings: hypercorn.config.Config, stream: trio.SocketStream) -> None:
+        # Trio's socket tells nobody of the one within, which can send without a task switch.
+        self._socket = socket.socket(fileno=stream.socket.detach())
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._socket))
+        state = ConnectionState({self.STATE_KEY: self})
+        super().__init__(app, settings, WorkerContext(None), state, stream)  # type: ignore[arg-type]
+        # What goes out together with what follows it, in one packet.
+        self._held = b""
+        self.is_holding = False
+
+    async def protocol_send(self, event: Any) -> None:
+        if isinstance(event, RawData):
+            data, self._held = self._held + event.data, b""
+            if self.is_holding:
+                self._held = data
+                return
+            data = data[self._send_now(data) :]
+            if not data:
+                return
+            event = RawData(data)
+        await super().protocol_send(event)
+
+    def _send_now(self, data: bytes | bytearray) -> int:
+        """Send what the system takes at once; how much that was. It tells of a broken connection later."""
+        if self.send_lock.locked():
+            return 0
+        try:
+            return self._socket.send(data)
+        except OSError:
+            return 0
+
+    def write_now(self, data: bytes | bytearray) -> int:
+        """Send what the system takes at once of a body's piece."""
+        return 0 if self._held else self._send_now(data)
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        # The client has gone: else its connection would last as long as one that idles.
+        await self.idle_task.stop()
+
+
 class HttpRequest:
     """What the program needs of one HTTP request, and the way to answer it."""
 
@@ -5072,6 +5125,9 @@ class HttpRequest:
         self.has_ended = False
         self._receive, self._send = receive, send
         self._has_whole_body = False
+        state = scope.get("state", {}) if scope["http_version"] == "1.1" else {}
+        # Where a streamed body is written to; None where its coding is Hypercorn's to choose.
+        self._connection: HttpConnection | None = state.get(HttpConnection.STATE_KEY)
         # Sent with every response to this request, whoever renders it.
         self.extra_headers: dict[str, str] = {"x-request-id": self.id}
 
@@ -5115,6 +5171,39 @@ class HttpRequest:
                 size += len((await self.receive()).get("body", b""))
         if not self._has_whole_body:
             self.extra_headers["connection"] = "close"
+
+    async def start_stream(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Begin a body that comes in pieces; the head travels with the first of them."""
+        if self._connection:
+            self._connection.is_holding = True
+        try:
+            await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+        finally:
+            if self._connection:
+                self._connection.is_holding = False
+
+    def frame(self, data: bytes) -> bytes:
+        """A piece of such a body as it is to be written."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._connection and data else data
+
+    def write_now(self, data: bytes | bytearray) -> int:
+        """Write what can be written at once, without waiting for anything; how much that was."""
+        return self._connection.write_now(data) if self._connection and self.has_started else 0
+
+    async def write(self, data: bytes) -> None:
+        """Write framed pieces, as long as that takes: it cannot be cancelled."""
+        if self._connection:
+            await self._connection.protocol_send(RawData(data))
+        else:
+            await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_stream(self, data: bytes) -> None:
+        """Write the last framed pieces, and with them the body's end."""
+        if self._connection:
+            self._connection.is_holding = True
+            await self._connection.protocol_send(RawData(data))
+            self._connection.is_holding, data = False, b""
+        await self.send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
@@ -5257,7 +5346,9 @@ class StreamedReply(Reply):
         self._settings = settings
         head = (self.answer_id, asked.model, self.created)
         self._encoders = [ChunkEncoder(*head, index, settings.reasoning) for index in range(asked.n)]
+        # Framed pieces that wait to be written, and whether the writing task is at it.
         self._outbox = bytearray()
+        self._is_writing = True
         self._filled, self._emptied = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
         self._written = trio.Event()
         self._put_at = trio.current_time()
@@ -5298,24 +5389,31 @@ class StreamedReply(Reply):
         if not self._is_committed:
             self._is_committed = True
             role = Delta(role="assistant", content="")
-            self._outbox += b"".join([encoder.delta(role) for encoder in self._encoders])
-        self._outbox += data
+            data = b"".join([encoder.delta(role) for encoder in self._encoders]) + data
+        self._outbox += self.http.frame(data)
         self._is_complete = is_last
         self._put_at = trio.current_time()
-        self._filled.unpark_all()
+        if not self._is_writing and not is_last:
+            del self._outbox[: self.http.write_now(self._outbox)]
+        if self._outbox or is_last:
+            self._filled.unpark_all()
 
     async def _write(self) -> None:
-        """Send what the outbox holds, as long as there is something to come."""
-        is_last = False
-        while not is_last:
-            if not self._outbox:
+        """Write what the outbox holds and `_put` could not, as long as there is something to come."""
+        while True:
+            if not self._outbox and not self._is_complete:
+                self._is_writing = False
                 await self._filled.park()
+                self._is_writing = True
             if not self.http.has_started:
-                await self.http.send({"type": "http.response.start", "status": 200, "headers": self.HEADERS})
+                await self.http.start_stream(self.HEADERS)
             data, is_last = bytes(self._outbox), self._is_complete
             self._outbox.clear()
-            await self.http.send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            if is_last:
+                break
+            await self.http.write(data)
             self._emptied.unpark_all()
+        await self.http.end_stream(data)
         self._written.set()
 
     async def _wait_for_client(self, wait: Callable[[], Awaitable[None]]) -> None:
@@ -5783,15 +5881,6 @@ class ApiConnection(TrioASGIHTTPConnection):
         return receive
 
 
-class HttpConnection(TCPServer):
-    """One client's connection, served by Hypercorn."""
-
-    async def _read_data(self) -> None:
-        await super()._read_data()
-        # The client has gone: else its connection would last as long as one that idles.
-        await self.idle_task.stop()
-
-
 class HttpListener:
     """Takes connections: so many at most, and whatever breaks in one breaks nothing else."""
 
@@ -5799,7 +5888,6 @@ class HttpListener:
         self._app, self._limit = ASGIWrapper(app), limit
         self._host, self._port = config.host, config.port
         self._connections = 0
-        self._context = WorkerContext(None)
         self._settings = settings = hypercorn.config.Config()
         settings.keep_alive_timeout = 75
         settings.keep_alive_max_requests = sys.maxsize  # Else the 1000th answer says "Connection: close".
@@ -5823,7 +5911,9 @@ class HttpListener:
             if self._connections > self._limit:
                 await self._refuse(stream)
             else:
-                await HttpConnection(self._app, self._settings, self._context, ConnectionState({}), stream)  # type: ignore[arg-type]
+                connection = HttpConnection(self._app, self._settings, stream)
+                stream = connection.stream
+                await connection
         except Exception as error:
             # What the protocol's libraries do not expect of a client's bytes ends that client's connection.
             log.warning("A client's connection broke: %r", next(leaves(error)))
