@@ -110,8 +110,8 @@ import prometheus_client
 import trio
 import trio_websocket
 from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.events import RawData
-from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.events import Closed, RawData
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -2170,10 +2170,13 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         stream: Any
         try:
-            if self.shouldRollover(record):
-                self.doRollover()
+            line = self.format(record).encode("utf-8", "replace") + b"\n"
             self.stream = stream = self.stream or self._open()
-            rest = b"\n" * self.is_cut + self.format(record).encode("utf-8", "replace") + b"\n"
+            # Not by `shouldRollover`: it formats the record once more, and asks the disk three times.
+            if 0 < self.maxBytes < stream.tell() + len(line):
+                self.doRollover()
+                self.stream = stream = self.stream or self._open()
+            rest = b"\n" * self.is_cut + line
             self.is_cut = True
             while rest:
                 rest = rest[stream.write(rest) :]
@@ -4236,13 +4239,23 @@ class Attempt:
 
         Raises Setback when it ends without a good end.
         """
+        with trio.CancelScope() as patience:
+            return await self._pump_patiently(exchange, sink, patience)
+        raise _timed_out(f"The site fell silent for {self._patience_seconds:g} s.")
+
+    @property
+    def _patience_seconds(self) -> float:
+        return self._limits.idle_seconds if self._lease.first_byte_at else self._limits.first_byte_seconds
+
+    async def _pump_patiently(
+        self, exchange: Exchange, sink: Sink, patience: trio.CancelScope
+    ) -> Finish | None:
+        """`patience` has a deadline while the site is waited for: to move one is cheaper than a new scope."""
         lease, decoder, size = self._lease, ArenaStreamDecoder(), 0
         while True:
-            seconds = self._limits.idle_seconds if lease.first_byte_at else self._limits.first_byte_seconds
-            with trio.move_on_after(seconds) as patience:
-                data = await exchange.receive()
-            if patience.cancelled_caught:
-                raise _timed_out(f"The site fell silent for {seconds:g} s.")
+            patience.deadline = trio.current_time() + self._patience_seconds
+            data = await exchange.receive()
+            patience.deadline = math.inf
             size += len(data)
             if size > self._limits.answer_bytes:
                 raise _failed_late("final", f"The site's answer does not end: it has {size:,} bytes so far.")
@@ -4439,10 +4452,23 @@ class ConsoleHandler(logging.Handler):
         style = _LEVEL_STYLES.get(record.levelno) or _EVENT_STYLES.get(type(event), "")  # type: ignore[arg-type]
         if isinstance(event, ModelSkipped):
             self._show_skipped(event)
-        line = RichText(f"{datetime.now():%H:%M:%S} ", style="dim")
-        self._screen.print(line.append(record.getMessage(), style=style), soft_wrap=True)
+        line = RichText(f"{datetime.now():%H:%M:%S} ", style="dim").append(record.getMessage(), style=style)
+        if self._screen.is_terminal:
+            self._screen.print(line, soft_wrap=True)
+        elif not self._screen.quiet:
+            self._write_plain(line.plain)
         if record.exc_info and record.exc_info[1] and not isinstance(event, ModelSkipped):
             self._show_traceback(record.exc_info[1])
+
+    def _write_plain(self, line: str) -> None:
+        """Without styles there is nothing for rich to do; it would take a fifth of a short request's time."""
+        try:
+            self._screen.file.write(f"{line}\n")
+            self._screen.file.flush()
+        except BrokenPipeError:
+            self._screen.on_broken_pipe()
+        except OSError:
+            self._screen.quiet = True
 
     def _show_traceback(self, error: BaseException) -> None:
         # Only now: it brings a syntax highlighter, 1.3 MB that most runs never need.
@@ -5170,6 +5196,20 @@ class ClientLeft(Exception):
     """The client closed its connection; nobody is left to be told."""
 
 
+class IdleTimer:
+    """When an idle connection ends: a deadline that moves, where Hypercorn has a task for each idle spell."""
+
+    def __init__(self, seconds: float) -> None:
+        self.scope = trio.CancelScope()
+        self._seconds = seconds
+
+    async def restart(self, *_: object) -> None:
+        self.scope.deadline = trio.current_time() + self._seconds
+
+    async def stop(self) -> None:
+        self.scope.deadline = math.inf
+
+
 class HttpConnection(TCPServer):
     """One client's connection, served by Hypercorn.
 
@@ -5189,6 +5229,7 @@ class HttpConnection(TCPServer):
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._socket))
         state = ConnectionState({self.STATE_KEY: self})
         super().__init__(app, settings, WorkerContext(None), state, stream)  # type: ignore[arg-type]
+        self.idle_task: IdleTimer = IdleTimer(settings.keep_alive_timeout)
         # What goes out together with what follows it, in one packet.
         self._held = b""
         self.is_holding = False
@@ -5215,13 +5256,30 @@ class HttpConnection(TCPServer):
             return 0
 
     def write_now(self, data: bytes | bytearray) -> int:
-        """Send what the system takes at once of a body's piece."""
-        return 0 if self._held else self._send_now(data)
+        """Send what the system takes at once of a body's piece, after what is held; how much of it that was."""
+        if self.is_holding:
+            return 0
+        if not self._held:
+            return self._send_now(data)
+        held = len(self._held)
+        sent = self._send_now(self._held + data)
+        self._held = self._held[sent:]
+        return max(0, sent - held)
 
     async def _read_data(self) -> None:
-        await super()._read_data()
-        # The client has gone: else its connection would last as long as one that idles.
-        await self.idle_task.stop()
+        """Hand on what the client sends, until it has gone or has been idle for too long."""
+        with self.idle_task.scope:
+            try:
+                data = b"-"
+                while data:
+                    data = bytes(await self.stream.receive_some(MAX_RECV))
+                    await self.protocol.handle(RawData(data))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # As if it had ended.
+        await self.protocol.handle(Closed())
+
+    async def _close(self) -> None:
+        self.stream.socket.close()
 
 
 class HttpRequest:
@@ -5285,6 +5343,11 @@ class HttpRequest:
                 size += len((await self.receive()).get("body", b""))
         if not self._has_whole_body:
             self.extra_headers["connection"] = "close"
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether a body in pieces can be begun, and a piece be written, without waiting for anything."""
+        return self._connection is not None and self._has_whole_body
 
     async def start_stream(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Begin a body that comes in pieces; the head travels with the first of them."""
@@ -5444,8 +5507,8 @@ class StreamedReply(Reply):
     """Server-sent events.
 
     The status line is held until the answer begins or `commit_after_seconds` are over. The answering task
-    only fills an outbox: another one writes, since a write to a client that reads nothing cannot be cancelled
-    and must not hold the lease.
+    writes what the system takes at once. What it does not take waits in an outbox for a task of its own,
+    since a write to a client that reads nothing cannot be cancelled and must not hold the lease.
     """
 
     HEADERS = (
@@ -5454,16 +5517,19 @@ class StreamedReply(Reply):
         (b"x-accel-buffering", b"no"),
     )
     OUTBOX_LIMIT_BYTES = 1 << 20
+    # What the system takes for certain when it has taken all before.
+    QUICK_BYTES = 1 << 12
 
     def __init__(self, http: HttpRequest, asked: AnswerRequest, settings: RequestsConfig) -> None:
         super().__init__(http, asked)
         self._settings = settings
         head = (self.answer_id, asked.model, self.created)
         self._encoders = [ChunkEncoder(*head, index, settings.reasoning) for index in range(asked.n)]
-        # Framed pieces that wait to be written, and whether the writing task is at it.
+        # Framed pieces that wait to be written, and whether a task is at it.
         self._outbox = bytearray()
-        self._is_writing = True
-        self._filled, self._emptied = trio.lowlevel.ParkingLot(), trio.lowlevel.ParkingLot()
+        self._is_writing = False
+        self._emptied = trio.lowlevel.ParkingLot()
+        self._nursery: trio.Nursery
         self._written = trio.Event()
         self._put_at = trio.current_time()
         # Which answers the client has something of, and which are still to come to their end.
@@ -5474,7 +5540,7 @@ class StreamedReply(Reply):
 
     def begin(self, nursery: trio.Nursery) -> None:
         super().begin(nursery)
-        nursery.start_soon(self._write)
+        self._nursery = nursery
 
     def has_shown(self, index: int) -> bool:
         return index in self._begun
@@ -5499,36 +5565,40 @@ class StreamedReply(Reply):
         chunk = self._encoders[index].delta(Delta(content=""))
         return {"chunk": chunk, "comment": SSE_COMMENT, "off": b""}[self._settings.keepalive]
 
-    def _put(self, data: bytes, *, is_last: bool = False) -> None:
+    def _put(self, data: bytes) -> None:
+        """Take the next piece into the outbox, and write what can be written at once."""
+        self._append(data)
+        if not self._is_writing:
+            del self._outbox[: self.http.write_now(self._outbox)]
+            if self._outbox:
+                self._start_writing()
+
+    def _append(self, data: bytes) -> None:
         if not self._is_committed:
             self._is_committed = True
             role = Delta(role="assistant", content="")
             data = b"".join([encoder.delta(role) for encoder in self._encoders]) + data
         self._outbox += self.http.frame(data)
-        self._is_complete = is_last
         self._put_at = trio.current_time()
-        if not self._is_writing and not is_last:
-            del self._outbox[: self.http.write_now(self._outbox)]
-        if self._outbox or is_last:
-            self._filled.unpark_all()
+
+    def _start_writing(self) -> None:
+        if not self._is_writing:
+            self._is_writing = True
+            self._nursery.start_soon(self._write)
 
     async def _write(self) -> None:
-        """Write what the outbox holds and `_put` could not, as long as there is something to come."""
-        while True:
-            if not self._outbox and not self._is_complete:
-                self._is_writing = False
-                await self._filled.park()
-                self._is_writing = True
-            if not self.http.has_started:
-                await self.http.start_stream(self.HEADERS)
-            data, is_last = bytes(self._outbox), self._is_complete
+        """Write what the outbox holds, as long as that takes."""
+        if not self.http.has_started:
+            await self.http.start_stream(self.HEADERS)
+        while self._outbox and not self._is_complete:
+            data = bytes(self._outbox)
             self._outbox.clear()
-            if is_last:
-                break
             await self.http.write(data)
             self._emptied.unpark_all()
-        await self.http.end_stream(data)
-        self._written.set()
+        if self._is_complete:
+            await self.http.end_stream(bytes(self._outbox))
+            self._written.set()
+        self._is_writing = False
 
     async def _wait_for_client(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Wait for what the client's reading brings about. Raises ClientLeft when that takes too long."""
@@ -5540,6 +5610,8 @@ class StreamedReply(Reply):
     async def show(self, index: int, events: Sequence[AnswerEvent]) -> None:
         self._begun.add(index)
         encoder = self._encoders[index]
+        if not self.http.has_started and not self._is_writing and self.http.is_direct:
+            await self.http.start_stream(self.HEADERS)
         self._put(b"".join([encoder.event(event) for event in events]))
         while len(self._outbox) > self.OUTBOX_LIMIT_BYTES:
             await self._wait_for_client(self._emptied.park)
@@ -5547,7 +5619,9 @@ class StreamedReply(Reply):
     def close(self, index: int, answer: Answer) -> None:
         self._begun.add(index)
         del self._open[index]
-        self._put(self._encoders[index].finish(answer.finish_reason))
+        # With the last of them comes the end of all, in one packet.
+        put = self._put if self._open else self._append
+        put(self._encoders[index].finish(answer.finish_reason))
 
     async def finish(self, answers: Sequence[Answer]) -> None:
         usage = self._encoders[0].usage(sum_usage(answers)) if self.asked.include_usage else b""
@@ -5563,7 +5637,12 @@ class StreamedReply(Reply):
 
     async def _end(self, data: bytes) -> None:
         if not self._is_complete:
-            self._put(data, is_last=True)
+            self._append(data)
+            self._is_complete = True
+            if self.http.is_direct and not self._is_writing and len(self._outbox) < self.QUICK_BYTES:
+                await self._write()
+            else:
+                self._start_writing()
         await self._wait_for_client(self._written.wait)
 
 
@@ -6033,7 +6112,7 @@ class HttpListener:
             log.warning("A client's connection broke: %r", next(leaves(error)))
         finally:
             self._connections -= 1
-            await trio.aclose_forcefully(stream)
+            stream.socket.close()
 
     async def _refuse(self, stream: trio.SocketStream) -> None:
         error = BridgeError(f"More than {self._limit} connections (limits.connections).", code="overloaded")
