@@ -3305,16 +3305,16 @@ def _unmask(payload: bytes, key: bytes) -> bytes:
 class FrameLane(trio.abc.Stream):
     """The stream below a bridge's WebSocket: takes out the frames that are many, and lets all others pass.
 
-    Those are the answers' bytes: binary messages of one frame. They may overtake text messages, since what an
-    exchange gets before its head waits for it, and its end comes after them anyway; they never overtake
-    a binary message that passed. For each the library would take two task switches and ten times the work.
+    Those are whole messages in one frame. The library has what is rare: the handshake, messages in fragments,
+    pings and closes, and whatever breaks the protocol. For each message it would take two task switches and
+    ten times the work. As long as it has one that it has not handed out, all that come after it pass, too.
     """
 
     READ_BYTES = 1 << 18
     # The userscript's frames stay below this; a longer one is the library's to take or to refuse.
     LONGEST_BYTES = 1 << 20
     # A frame's first byte, by RFC 6455, 5.2: its opcode, and whether it is its message's last.
-    BINARY, CONTROL, FINAL = 0x02, 0x08, 0x80
+    TEXT, BINARY, CONTROL, FINAL = 0x01, 0x02, 0x08, 0x80
     WIDE_LENGTHS: ClassVar = {126: struct.Struct(">H"), 127: struct.Struct(">Q")}
 
     def __init__(self, stream: trio.SocketStream) -> None:
@@ -3323,10 +3323,13 @@ class FrameLane(trio.abc.Stream):
         # How much of a frame that passes is still to come, and whether its message goes on after it.
         self._passing = 0
         self._is_fragmented = False
-        # How many binary messages have passed that the library has not handed out yet.
+        # How many messages have passed that the library has not handed out yet.
         self.passed = 0
-        # Takes a binary message, and says whether it did; until there is one, everything passes.
-        self.take: Callable[[bytes], bool] | None = None
+        # Takes a message, and whether it is text; says whether it did. Until there is one, everything passes.
+        self.take: Callable[[bytes, bool], bool] | None = None
+        # Whether what is sent waits for more: many small frames go out as one piece.
+        self.is_holding = False
+        self._held = bytearray()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes that are the library's; b"" at the end."""
@@ -3336,7 +3339,7 @@ class FrameLane(trio.abc.Stream):
                 return passed
         return b""
 
-    def _sift(self, data: bytes, take: Callable[[bytes], bool]) -> bytes:
+    def _sift(self, data: bytes, take: Callable[[bytes, bool], bool]) -> bytes:
         """Take out what is whole, keep what cannot be told yet, and return what passes."""
         at = min(self._passing, len(data))
         self._passing -= at
@@ -3350,9 +3353,11 @@ class FrameLane(trio.abc.Stream):
             is_fast = is_masked and self._is_fast(data[at], end - payload_at)
             if is_fast and end > len(data):
                 break
-            if is_fast and take(_unmask(data[payload_at:end], data[payload_at - 4 : payload_at])):
-                at = end
-                continue
+            if is_fast:
+                message = _unmask(data[payload_at:end], data[payload_at - 4 : payload_at])
+                if take(message, not data[at] & self.BINARY):
+                    at = end
+                    continue
             self._note_passing(data[at])
             passed += data[at:end]
             self._passing = max(0, end - len(data))
@@ -3375,15 +3380,20 @@ class FrameLane(trio.abc.Stream):
         return (payload_at, payload_at + length) if len(data) >= payload_at else None
 
     def _is_fast(self, first: int, length: int) -> bool:
-        is_whole = first == self.FINAL | self.BINARY and not self._is_fragmented
+        is_whole = first in (self.FINAL | self.TEXT, self.FINAL | self.BINARY) and not self._is_fragmented
         return is_whole and not self.passed and length <= self.LONGEST_BYTES
 
     def _note_passing(self, first: int) -> None:
         if not first & self.CONTROL:  # Those may come between a message's frames.
             self._is_fragmented = first < self.FINAL
-            self.passed += first & 0x0F == self.BINARY
+            self.passed += first & 0x0F in (self.TEXT, self.BINARY)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self._held or self.is_holding:
+            self._held += data
+            if self.is_holding and len(self._held) < self.READ_BYTES:
+                return
+            data, self._held = self._held, bytearray()
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -3424,6 +3434,7 @@ class Bridge:
         self._left = trio.lowlevel.ParkingLot()
         self._ids = itertools.count(1)
         self._heard_at = trio.current_time()
+        self._failure: Exception | None = None
 
     def __repr__(self) -> str:
         return f"<Bridge {self.id}: {self.state}, {self.in_flight} in flight>"
@@ -3487,35 +3498,36 @@ class Bridge:
                 exchange.fail(ExchangeBroken("lost", "the tab was lost"))
             self._exchanges.clear()
 
-    def _feed(self, message: bytes) -> None:
-        """Take answers' bytes. Raises ProtocolError."""
-        self.received_bytes += len(message)
-        for exchange_id, data in [*split_records(message)]:
-            if exchange := self._exchanges.get(exchange_id):
-                exchange.feed(data)
-
-    def _take(self, message: bytes) -> bool:
-        """Take a message from the lane; a malformed one is left for `_read`, which ends the connection."""
+    def _hear(self, message: str | bytes, on_frame: Callable[[BrowserFrame], None]) -> None:
+        """Take a message to where it belongs. Raises ProtocolError."""
         self._heard_at = trio.current_time()
+        if isinstance(message, bytes):
+            self.received_bytes += len(message)
+            for exchange_id, data in split_records(message):
+                if exchange := self._exchanges.get(exchange_id):
+                    exchange.feed(data)
+        elif frame := decode_frame(message):
+            self._dispatch(frame, on_frame)
+        else:
+            log.warning("Tab %d sent a frame of an unknown type: %.80s", self.id, message)
+
+    def _take(self, on_frame: Callable[[BrowserFrame], None], message: bytes, is_text: bool) -> bool:
+        """Take a message from the lane. One that breaks something passes: `_read` raises what it raised."""
         try:
-            self._feed(message)
-        except ProtocolError:
-            return False
-        return True
+            self._hear(message.decode() if is_text else message, on_frame)
+        except Exception as error:
+            self._failure = error
+        return self._failure is None
 
     async def _read(self, on_frame: Callable[[BrowserFrame], None]) -> str:
-        self._lane.take = self._take
+        self._lane.take = functools.partial(self._take, on_frame)
         try:
             while True:
                 message = await self._connection.get_message()
-                self._heard_at = trio.current_time()
-                if isinstance(message, bytes):
-                    self._lane.passed -= 1
-                    self._feed(message)
-                elif frame := decode_frame(message):
-                    self._dispatch(frame, on_frame)
-                else:
-                    log.warning("Tab %d sent a frame of an unknown type: %.80s", self.id, message)
+                self._lane.passed -= 1
+                if self._failure:
+                    raise self._failure
+                self._hear(message, on_frame)
         except trio_websocket.ConnectionClosed as closed:
             return (
                 f"code {closed.reason.code} {closed.reason.reason or ''}".rstrip() if closed.reason else "cut"
@@ -3548,9 +3560,12 @@ class Bridge:
             async for frame in self._outgoing:
                 data = msgspec.json.encode(frame)
                 self.sent_bytes += len(data)
+                self._lane.is_holding = self._outgoing.statistics().current_buffer_used > 0
                 await self._connection.send_message(data.decode())
         except trio_websocket.ConnectionClosed:
             log.debug("Tab %d closed while the program was writing", self.id)
+        finally:
+            self._lane.is_holding = False
 
     async def _beat(self, seconds: float, connection_scope: trio.CancelScope) -> None:
         """Ping, and give up a connection that was silent for two beats: its other end may be gone."""
@@ -4135,9 +4150,10 @@ async def _read_reply(exchange: Exchange, limit_bytes: int = 1 << 16) -> bytes:
 
 async def _read_rest(exchange: Exchange) -> None:
     """Let the response end by itself after its last line: a finished answer need not be aborted."""
-    with trio.move_on_after(1):
-        while await exchange.receive():
-            pass
+    if not exchange.is_over:
+        with trio.move_on_after(1):
+            while await exchange.receive():
+                pass
 
 
 class Attempt:
@@ -5229,7 +5245,7 @@ class HttpConnection(TCPServer):
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(self._socket))
         state = ConnectionState({self.STATE_KEY: self})
         super().__init__(app, settings, WorkerContext(None), state, stream)  # type: ignore[arg-type]
-        self.idle_task: IdleTimer = IdleTimer(settings.keep_alive_timeout)
+        self.idle_task = self._idle = IdleTimer(settings.keep_alive_timeout)  # type: ignore[assignment]
         # What goes out together with what follows it, in one packet.
         self._held = b""
         self.is_holding = False
@@ -5256,7 +5272,7 @@ class HttpConnection(TCPServer):
             return 0
 
     def write_now(self, data: bytes | bytearray) -> int:
-        """Send what the system takes at once of a body's piece, after what is held; how much of it that was."""
+        """Send what the system takes at once, after what is held, of a body's piece; how much that was."""
         if self.is_holding:
             return 0
         if not self._held:
@@ -5268,7 +5284,7 @@ class HttpConnection(TCPServer):
 
     async def _read_data(self) -> None:
         """Hand on what the client sends, until it has gone or has been idle for too long."""
-        with self.idle_task.scope:
+        with self._idle.scope:
             try:
                 data = b"-"
                 while data:
@@ -5337,6 +5353,8 @@ class HttpRequest:
 
         Where that takes too long the connection ends with the answer.
         """
+        if self._has_whole_body:
+            return
         size = 0
         with trio.move_on_after(DRAIN_SECONDS):
             while not self._has_whole_body and size < DRAIN_BYTES:
@@ -5641,8 +5659,8 @@ class StreamedReply(Reply):
             self._is_complete = True
             if self.http.is_direct and not self._is_writing and len(self._outbox) < self.QUICK_BYTES:
                 await self._write()
-            else:
-                self._start_writing()
+                return
+            self._start_writing()
         await self._wait_for_client(self._written.wait)
 
 
@@ -6104,15 +6122,12 @@ class HttpListener:
             if self._connections > self._limit:
                 await self._refuse(stream)
             else:
-                connection = HttpConnection(self._app, self._settings, stream)
-                stream = connection.stream
-                await connection
+                await HttpConnection(self._app, self._settings, stream)
         except Exception as error:
             # What the protocol's libraries do not expect of a client's bytes ends that client's connection.
             log.warning("A client's connection broke: %r", next(leaves(error)))
         finally:
             self._connections -= 1
-            stream.socket.close()
 
     async def _refuse(self, stream: trio.SocketStream) -> None:
         error = BridgeError(f"More than {self._limit} connections (limits.connections).", code="overloaded")
