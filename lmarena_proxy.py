@@ -3308,6 +3308,9 @@ class FrameLane(trio.abc.Stream):
     Those are whole messages in one frame. The library has what is rare: the handshake, messages in fragments,
     pings and closes, and whatever breaks the protocol. For each message it would take two task switches and
     ten times the work. As long as it has one that it has not handed out, all that come after it pass, too.
+
+    Where messages come thick and fast, each read waits for some to gather: what a read and a turn of the
+    event loop cost is then shared by many. A tab that sends less than that is read at once.
     """
 
     READ_BYTES = 1 << 18
@@ -3316,6 +3319,8 @@ class FrameLane(trio.abc.Stream):
     # A frame's first byte, by RFC 6455, 5.2: its opcode, and whether it is its message's last.
     TEXT, BINARY, CONTROL, FINAL = 0x01, 0x02, 0x08, 0x80
     WIDE_LENGTHS: ClassVar = {126: struct.Struct(">H"), 127: struct.Struct(">Q")}
+    # So many messages within this time are many; and so long they may gather, which nobody sees.
+    MANY, GATHER_SECONDS = 8, 0.005
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
@@ -3327,6 +3332,8 @@ class FrameLane(trio.abc.Stream):
         self.passed = 0
         # Takes a message, and whether it is text; says whether it did. Until there is one, everything passes.
         self.take: Callable[[bytes, bool], bool] | None = None
+        # Since when messages are counted, and how many have been taken.
+        self._counted_since, self._taken = -math.inf, 0
         # Whether what is sent waits for more: many small frames go out as one piece.
         self.is_holding = False
         self._held = bytearray()
@@ -3337,7 +3344,16 @@ class FrameLane(trio.abc.Stream):
             passed = self._sift(self._rest + data, self.take) if self.take else data
             if passed:
                 return passed
+            await self._let_gather()
         return b""
+
+    async def _let_gather(self) -> None:
+        now = trio.current_time()
+        if self._taken >= self.MANY:
+            self._counted_since, self._taken = now, 0
+            await trio.sleep(self.GATHER_SECONDS)
+        elif now - self._counted_since > self.GATHER_SECONDS:
+            self._counted_since, self._taken = now, 0
 
     def _sift(self, data: bytes, take: Callable[[bytes, bool], bool]) -> bytes:
         """Take out what is whole, keep what cannot be told yet, and return what passes."""
@@ -3356,6 +3372,7 @@ class FrameLane(trio.abc.Stream):
             if is_fast:
                 message = _unmask(data[payload_at:end], data[payload_at - 4 : payload_at])
                 if take(message, not data[at] & self.BINARY):
+                    self._taken += 1
                     at = end
                     continue
             self._note_passing(data[at])
