@@ -1,0 +1,160 @@
+"""What a chunk costs, counted in calls of Python functions: the same on every machine, and never in seconds.
+
+A count that grows says that something was added to the path of every chunk. It may be worth that; then the
+limit here is raised with it, on purpose.
+"""
+
+import contextlib
+import json
+import struct
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from lmarena_proxy import (
+    Answer,
+    AnswerRequest,
+    ArenaStreamDecoder,
+    ChunkEncoder,
+    Exchange,
+    FrameLane,
+    HttpConnection,
+    HttpRequest,
+    Message,
+    RequestsConfig,
+    StreamedReply,
+    Text,
+)
+
+CHUNKS = 200
+LINES = [b"a0:" + json.dumps(f"piece {number}, 你好").encode() + b"\n" for number in range(CHUNKS)]
+ASKED = AnswerRequest(model="m", messages=[Message("user", "Hello")], paths=["messages[0]"], stream=True)
+
+
+def calls_per_chunk(work: Callable[[], object]) -> float:
+    """How many Python functions `work`, which is done with all chunks, calls for each."""
+    count = 0
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count / CHUNKS
+
+
+def masked(opcode: int, payload: bytes) -> bytes:
+    """A final frame as a browser sends it (RFC 6455, section 5.2)."""
+    key = b"\x01\x02\x03\x04"
+    short = len(payload) < 126
+    size = bytes([0x80 | len(payload)]) if short else struct.pack(">BH", 0x80 | 126, len(payload))
+    body = bytes(byte ^ key[at % 4] for at, byte in enumerate(payload))
+    return bytes([0x80 | opcode]) + size + key + body
+
+
+def test_a_chunk_is_decoded_shown_and_encoded_in_few_calls() -> None:
+    decoder, answer = ArenaStreamDecoder(), Answer(ASKED, RequestsConfig())
+    encoder = ChunkEncoder("chatcmpl-1", "m", 1)
+    sent: list[bytes] = []
+
+    def work() -> None:
+        for line in LINES:
+            for event in answer.take(decoder.feed(line)):
+                sent.append(encoder.event(event))
+
+    assert calls_per_chunk(work) <= 10  # It is 8: three to decode a line, two to show it, two to encode it.
+    assert len(sent) == CHUNKS
+
+
+class Connection:
+    """Stands in for HttpConnection, before a client that reads all."""
+
+    is_holding = False
+    written = b""
+
+    def write_now(self, data: bytes | bytearray) -> int:
+        self.written += data
+        return len(data)
+
+
+async def test_a_chunk_is_written_in_few_calls_and_without_a_task_switch() -> None:
+    connection, reached = Connection(), []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Any) -> None:
+        reached.append(message["type"])
+
+    scope = {"method": "POST", "path": "/", "headers": [], "http_version": "1.1"}
+    http = HttpRequest(scope | {"state": {HttpConnection.STATE_KEY: connection}}, receive, send)
+    await http.read_body(1 << 20)
+    reply = StreamedReply(http, ASKED, RequestsConfig())
+    events = [Text("piece")]
+    await reply.show(0, events)
+
+    def work() -> None:
+        for _ in LINES:
+            with contextlib.suppress(StopIteration):
+                reply.show(0, events).send(None)  # No scheduler: it must not wait for anything.
+
+    assert calls_per_chunk(work) <= 17  # It is 15, of which three are `suppress`.
+    assert connection.written.count(b"piece") == CHUNKS + 1
+    assert reached == ["http.response.start"]
+
+
+async def test_a_chunk_is_taken_from_the_bridge_in_few_calls() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    lane, exchange = FrameLane(ours), Exchange(1)  # type: ignore[arg-type]
+    taken: list[bytes] = []
+
+    def take(message: bytes, is_text: bool) -> bool:
+        exchange.feed(message[8:])
+        taken.append(message)
+        return True
+
+    lane.take = take
+    frames = b"".join([masked(2, struct.pack(">II", 1, len(line)) + line) for line in LINES])
+    await theirs.send_all(frames)
+    await theirs.send_eof()
+    with trio.fail_after(10):
+        assert await lane.receive_some() == b""
+    assert [message[8:] for message in taken] == LINES
+    taken.clear()
+
+    calls = calls_per_chunk(lambda: lane._sift(frames, take))
+    assert calls <= 9  # It is 7: three for the frame, the mask, two for the exchange, and `take` here.
+    assert await exchange.receive() == b"".join(LINES * 2)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 100])
+async def test_frames_that_arrive_in_pieces_are_taken_whole_and_in_order(cut: int) -> None:
+    """And what is not for the lane passes, byte for byte: pings, fragments, and what comes after them."""
+    ping, text = masked(9, b"hello"), masked(1, b'{"type": "pong"}')
+    fragments = bytes([masked(2, b"ab")[0] & 0x7F]) + masked(2, b"ab")[1:] + masked(0, b"cd")
+    binary = [masked(2, struct.pack(">II", 1, len(line)) + line) for line in LINES[:3]]
+    frames = [binary[0], ping, text, binary[1], fragments, ping, binary[2]]
+    lane = FrameLane(None)  # type: ignore[arg-type]
+    taken: list[tuple[bytes, bool]] = []
+
+    def take(message: bytes, is_text: bool) -> bool:
+        taken.append((message, is_text))
+        return True
+
+    sent, passed = b"".join(frames), b""
+    for at in range(0, len(sent), cut):
+        passed += lane._sift(lane._rest + sent[at : at + cut], take)
+    assert [message[8:] for message, is_text in taken if not is_text] == LINES[:2]
+    assert [message for message, is_text in taken if is_text] == [b'{"type": "pong"}']
+    # The last one must not overtake the fragmented one, which the library still has.
+    assert passed == ping + fragments + ping + binary[2]
