@@ -3328,8 +3328,10 @@ class FrameLane(trio.abc.Stream):
         # How much of a frame that passes is still to come, and whether its message goes on after it.
         self._passing = 0
         self._is_fragmented = False
+        # Whether the handshake is over, and there are frames; to be said before the browser knows it.
+        self.is_open = False
         # How many messages have passed that the library has not handed out yet.
-        self.passed = 0
+        self._passed = 0
         # Takes a message, and whether it is text; says whether it did. Until there is one, everything passes.
         self.take: Callable[[bytes, bool], bool] | None = None
         # Since when messages are counted, and how many have been taken.
@@ -3341,7 +3343,7 @@ class FrameLane(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes that are the library's; b"" at the end."""
         while data := await self._stream.receive_some(self.READ_BYTES):
-            passed = self._sift(self._rest + data, self.take) if self.take else data
+            passed = self._sift(self._rest + data) if self.is_open else data
             if passed:
                 return passed
             await self._let_gather()
@@ -3355,7 +3357,11 @@ class FrameLane(trio.abc.Stream):
         elif now - self._counted_since > self.GATHER_SECONDS:
             self._counted_since, self._taken = now, 0
 
-    def _sift(self, data: bytes, take: Callable[[bytes, bool], bool]) -> bytes:
+    def note_handed_out(self) -> None:
+        """The library has handed out a message."""
+        self._passed = max(0, self._passed - 1)
+
+    def _sift(self, data: bytes) -> bytes:
         """Take out what is whole, keep what cannot be told yet, and return what passes."""
         at = min(self._passing, len(data))
         self._passing -= at
@@ -3368,10 +3374,10 @@ class FrameLane(trio.abc.Stream):
             is_masked = data[at + 1] >= 0x80
             is_fast = is_masked and self._is_fast(data[at], end - payload_at)
             if is_fast and end > len(data):
-                break
-            if is_fast:
+                break  # As a whole it can be taken.
+            if is_fast and self.take:
                 message = _unmask(data[payload_at:end], data[payload_at - 4 : payload_at])
-                if take(message, not data[at] & self.BINARY):
+                if self.take(message, not data[at] & self.BINARY):
                     self._taken += 1
                     at = end
                     continue
@@ -3398,12 +3404,12 @@ class FrameLane(trio.abc.Stream):
 
     def _is_fast(self, first: int, length: int) -> bool:
         is_whole = first in (self.FINAL | self.TEXT, self.FINAL | self.BINARY) and not self._is_fragmented
-        return is_whole and not self.passed and length <= self.LONGEST_BYTES
+        return is_whole and not self._passed and length <= self.LONGEST_BYTES
 
     def _note_passing(self, first: int) -> None:
         if not first & self.CONTROL:  # Those may come between a message's frames.
             self._is_fragmented = first < self.FINAL
-            self.passed += first & 0x0F in (self.TEXT, self.BINARY)
+            self._passed += first & 0x0F in (self.TEXT, self.BINARY)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self._held or self.is_holding:
@@ -3541,7 +3547,7 @@ class Bridge:
         try:
             while True:
                 message = await self._connection.get_message()
-                self._lane.passed -= 1
+                self._lane.note_handed_out()
                 if self._failure:
                     raise self._failure
                 self._hear(message, on_frame)
@@ -3970,6 +3976,7 @@ class BridgeListener:
             )
             await handshake.reject(403)
             return
+        lane.is_open = True
         connection = await handshake.accept()
         bridge = Bridge(next(self._ids), connection, lane)
         reason = "the program stopped"

@@ -123,7 +123,7 @@ async def test_a_chunk_is_taken_from_the_bridge_in_few_calls() -> None:
         taken.append(message)
         return True
 
-    lane.take = take
+    lane.take, lane.is_open = take, True
     frames = b"".join([masked(2, struct.pack(">II", 1, len(line)) + line) for line in LINES])
     await theirs.send_all(frames)
     await theirs.send_eof()
@@ -132,7 +132,7 @@ async def test_a_chunk_is_taken_from_the_bridge_in_few_calls() -> None:
     assert [message[8:] for message in taken] == LINES
     taken.clear()
 
-    calls = calls_per_chunk(lambda: lane._sift(frames, take))
+    calls = calls_per_chunk(lambda: lane._sift(frames))
     assert calls <= 9  # It is 7: three for the frame, the mask, two for the exchange, and `take` here.
     assert await exchange.receive() == b"".join(LINES * 2)
 
@@ -151,10 +151,31 @@ async def test_frames_that_arrive_in_pieces_are_taken_whole_and_in_order(cut: in
         taken.append((message, is_text))
         return True
 
+    lane.take, lane.is_open = take, True
     sent, passed = b"".join(frames), b""
     for at in range(0, len(sent), cut):
-        passed += lane._sift(lane._rest + sent[at : at + cut], take)
+        passed += lane._sift(lane._rest + sent[at : at + cut])
     assert [message[8:] for message, is_text in taken if not is_text] == LINES[:2]
     assert [message for message, is_text in taken if is_text] == [b'{"type": "pong"}']
     # The last one must not overtake the fragmented one, which the library still has.
     assert passed == ping + fragments + ping + binary[2]
+
+
+async def test_what_comes_before_the_bridge_listens_is_not_overtaken() -> None:
+    """A hello may arrive before there is anybody to take it: it passes, and what follows waits behind it."""
+    hello, chunk = masked(1, b'{"type": "hello"}'), masked(2, struct.pack(">II", 1, 1) + b"x")
+    lane = FrameLane(None)  # type: ignore[arg-type]
+    taken: list[bytes] = []
+
+    def take(message: bytes, is_text: bool) -> bool:
+        taken.append(message)
+        return True
+
+    lane.is_open = True
+    assert lane._sift(hello) == hello
+    lane.take = take
+    assert lane._sift(chunk) == chunk
+    for _ in range(2):
+        lane.note_handed_out()
+    assert lane._sift(chunk) == b""
+    assert len(taken) == 1
