@@ -3324,7 +3324,9 @@ class FrameLane(trio.abc.Stream):
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
-        self._rest = b""
+        # What cannot be told or taken yet, and how long it has to be for that.
+        self._rest = bytearray()
+        self._needed = 0
         # How much of a frame that passes is still to come, and whether its message goes on after it.
         self._passing = 0
         self._is_fragmented = False
@@ -3343,8 +3345,10 @@ class FrameLane(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes that are the library's; b"" at the end."""
         while data := await self._stream.receive_some(self.READ_BYTES):
-            passed = self._sift(self._rest + data) if self.is_open else data
-            if passed:
+            if not self.is_open:
+                return data
+            self._rest += data
+            if len(self._rest) >= self._needed and (passed := self._sift(bytes(self._rest))):
                 return passed
             await self._let_gather()
         return b""
@@ -3365,6 +3369,7 @@ class FrameLane(trio.abc.Stream):
         """Take out what is whole, keep what cannot be told yet, and return what passes."""
         at = min(self._passing, len(data))
         self._passing -= at
+        self._needed = 0
         passed = data[:at]
         while at < len(data):
             head = self._head(data, at)
@@ -3374,6 +3379,7 @@ class FrameLane(trio.abc.Stream):
             is_masked = data[at + 1] >= 0x80
             is_fast = is_masked and self._is_fast(data[at], end - payload_at)
             if is_fast and end > len(data):
+                self._needed = end - at
                 break  # As a whole it can be taken.
             if is_fast and self.take:
                 message = _unmask(data[payload_at:end], data[payload_at - 4 : payload_at])
@@ -3385,7 +3391,7 @@ class FrameLane(trio.abc.Stream):
             passed += data[at:end]
             self._passing = max(0, end - len(data))
             at = min(end, len(data))
-        self._rest = data[at:]
+        self._rest = bytearray(data[at:])
         return passed
 
     def _head(self, data: bytes, at: int) -> tuple[int, int] | None:

@@ -1090,7 +1090,8 @@ def test_the_badge_says_when_the_program_has_another_version_of_the_script(
         page = profile.new_page()
         sign_in(page)
         wait_status(page, "outdated")
-        assert "Please update this script: http://" in said(page)
+        assert "Please update this script" in said(page)
+        assert "/bridge.user.js" in said(page)
 
 
 MARKUP = "<img src=x onerror=window.broken=1>"
