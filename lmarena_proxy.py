@@ -118,6 +118,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from quart import Response, has_request_context, request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.markup import escape
@@ -356,7 +357,7 @@ def _config_error(message: str, tables: dict[str, Any]) -> ConfigError:
     if unknown := re.search(r"unknown field `(.*)`", text, re.DOTALL):
         key = ".".join(filter(None, (key, unknown[1] or '""')))
         value = value[unknown[1]]
-        text = "no such key (config.toml has them all)"
+        text = "nothing, as there is no such key (config.toml has them all)"
     elif text.startswith("Invalid enum value"):
         table, name = key.split(".")
         text = f"one of {', '.join(get_args(get_type_hints(get_type_hints(Config)[table])[name]))}"
@@ -4457,6 +4458,256 @@ class Relay:
 
 PROMPT = "按回车键继续"
 
+# What the console says, in Chinese. A placeholder's name only has to be the same on both sides; one with a
+# format is a number. A test finds messages of the program that have no twin here.
+CHINESE = {
+    # Events
+    "Tab {bridge:d} connected: {url} (script {script})": "标签页 {bridge} 已连接：{url}（脚本 {script}）",
+    "Tab {bridge:d} is {state}: {advice}": "标签页 {bridge}：{state}。{advice}",
+    "Tab {bridge:d} has the userscript {script}, but this is {version}: open /bridge.user.js to update it": (
+        "标签页 {bridge} 的用户脚本版本为 {script}，本程序为 {version}：请打开 /bridge.user.js 更新"
+    ),
+    "Tab {bridge:d} disconnected: {reason}": "标签页 {bridge} 已断开：{reason}",
+    "Refused a connection at the bridge's port: {reason}": "已拒绝桥端口上的一个连接：{reason}",
+    "The page lists {count:d} models, {changed:d} of them new or changed": (
+        "页面列出 {count} 个模型，其中 {changed} 个是新的或有变化"
+    ),
+    "The site limits this account (429): everyone waits {seconds:.0f} s": (
+        "网站对此账户限流（429）：全部等待 {seconds} 秒"
+    ),
+    "{model}: session {session_id} message {message_id} ({source})": (
+        "{model}：会话 {session_id} 消息 {message_id}（{source}）"
+    ),
+    "{model}: session {session_id} retired: {reason}": "{model}：会话 {session_id} 已弃用：{reason}",
+    "{model} is skipped: {reason}": "跳过 {model}：{reason}",
+    "Bootstrap {phase}: {detail}": "预先打开对话：{phase}，{detail}",
+    "{request_id} {model}: {status:d} {outcome} in {seconds:.2f} s: {error}": (
+        "{request_id} {model}：{status} {outcome}，用时 {seconds} 秒：{error}"
+    ),
+    # States and phases
+    "loading": "正在加载",
+    "verification": "等待人机验证",
+    "sign_in": "等待登录",
+    "ready": "就绪",
+    "waiting_for_browser": "等待浏览器",
+    "settling": "等待稳定",
+    "confirm": "等待确认",
+    "running": "进行中",
+    "done": "完成",
+    "aborted": "已中止",
+    "skipped": "已跳过",
+    "bootstrap": "预先打开",
+    "on_demand": "按需打开",
+    "captured": "手动对话",
+    "partial": "部分",
+    "on demand": "按需",
+    "not opened": "未打开",
+    # What the person should do
+    "No LMArena tab is connected: open the site in the browser that has the userscript.": (
+        "没有连接的 LMArena 标签页：请在装有用户脚本的浏览器中打开该网站。"
+    ),
+    "The LMArena tab is still loading.": "LMArena 标签页仍在加载。",
+    "The site wants its human check passed: go to the LMArena tab and pass it.": (
+        "网站要求人机验证：请到 LMArena 标签页完成验证。"
+    ),
+    "The site wants a sign-in: go to the LMArena tab, accept its terms or sign in (or reload it).": (
+        "网站要求登录：请到 LMArena 标签页接受条款或登录（或刷新页面）。"
+    ),
+    # Reasons and details
+    "{seconds:g} s": "{seconds} 秒",
+    "code {code:d} {reason}": "代码 {code} {reason}",
+    "cut": "连接中断",
+    "no hello": "未收到问候",
+    "no sign of life for {seconds:g} s": "{seconds} 秒没有任何动静",
+    "the program stopped": "程序已停止",
+    "an error in the program": "程序出错",
+    "origin {origin} is not in allowed_origins": "来源 {origin} 不在 allowed_origins 中",
+    "{failures:d} failures in a row, last: {reason}": "连续失败 {failures} 次，最后一次：{reason}",
+    "the site answered {status:d}": "网站返回 {status}",
+    "by the person": "由您操作",
+    "interrupted": "已中断",
+    "bootstrap.enabled is false": "bootstrap.enabled 为 false",
+    "every model has its conversations": "每个模型的对话都已齐全",
+    "there is no terminal to ask at; {hint}": "没有可供询问的终端；{hint}",
+    'POST /api/bootstrap {"action":"start"} begins it, --yes answers the question': (
+        '用 POST /api/bootstrap {"action":"start"} 开始，--yes 可免去询问'
+    ),
+    "the keyboard's input ended": "键盘输入已结束",
+    "the tab is not ready any more": "标签页不再就绪",
+    "the program is shutting down": "程序正在关闭",
+    "{opened:d} of {planned:d} opened": "已打开 {opened} / {planned}",
+    "{opened:d} of {planned:d} opened, {reason}": "已打开 {opened} / {planned}，{reason}",
+    "opens with the first request that carries an image": "由第一个带图片的请求打开",
+    # Start, progress and summary
+    "dashboard": "仪表板",
+    "userscript": "用户脚本",
+    "bridge": "桥",
+    "models": "模型",
+    "{url}/bridge.user.js  (open it in the browser once to install)": (
+        "{url}/bridge.user.js  （在浏览器中打开一次即可安装）"
+    ),
+    "{models:d}, with {sessions:d} conversations in the store": "{models} 个，已存 {sessions} 个对话",
+    "DEMO: a stand-in arena inside this process answers, not the real site": (
+        "演示：由本进程内的模拟站点作答，不是真实网站"
+    ),
+    "Waiting for an LMArena tab: open https://lmarena.ai in the browser that has the userscript.": (
+        "正在等待 LMArena 标签页：请在装有用户脚本的浏览器中打开 https://lmarena.ai 。"
+    ),
+    "The tab is ready; settling for {seconds:.0f} s": "标签页已就绪；再等 {seconds} 秒确认稳定",
+    (
+        "Plan: {planned:d} conversations for {missing:d} of {all:d} models; {stored:d} are in the store; "
+        "{on_demand:d} models work on an image and open on demand."
+    ): (
+        "计划：为 {all} 个模型中的 {missing} 个打开 {planned} 个对话；已存 {stored} 个；"
+        "{on_demand} 个模型以图片为输入，按需打开。"
+    ),
+    "Opening conversations": "正在打开对话",
+    "{count:d} models skipped": "已跳过 {count} 个模型",
+    "paused: {advice}": "已暂停：{advice}",
+    "Models: {counts}": "模型：{counts}",
+    "model": "模型",
+    "sessions": "会话",
+    "state": "状态",
+    "why": "原因",
+    "Bootstrap": "预先打开对话",
+    "The site answered {status:d} for {model}:": "网站对 {model} 返回 {status}：",
+    "Shutting down; running answers get {seconds:g} s. Ctrl-C again ends at once.": (
+        "正在关闭；进行中的回答还有 {seconds} 秒。再按一次 Ctrl-C 立即结束。"
+    ),
+    # Log lines
+    "The store is damaged ({error}): it is now {path}, and a new one has begun.": (
+        "存储已损坏（{error}）：已移至 {path}，并新建了一个。"
+    ),
+    "The store could not write a record: {error}": "存储无法写入一条记录：{error}",
+    "The {kind} at {url} is not kept: {error}": "未保存 {url} 的 {kind}：{error}",
+    "Session {session_id} works, but is not in the store: it is lost at the next start": (
+        "会话 {session_id} 可用，但不在存储中：下次启动时会丢失"
+    ),
+    "Tab {bridge:d} sent a frame of an unknown type: {frame}": "标签页 {bridge} 发来未知类型的帧：{frame}",
+    "A bridge broke; the others go on": "一个桥出错；其余继续",
+    "The page's model list has an entry that is no model: {error}": "页面的模型列表中有一项不是模型：{error}",
+    "A conversation by hand is not for the pool: {session_id}, mode {mode}": (
+        "手动对话不进入会话池：{session_id}，模式 {mode}"
+    ),
+    "A conversation by hand has a model that is left out: {model}": "手动对话使用了未启用的模型：{model}",
+    "{model} failed again: {error}": "{model} 再次失败：{error}",
+    "Parameters that have no effect here (said once): {names}": "在此不起作用的参数（只提示一次）：{names}",
+    "Request {request_id}: the client does not read any more": "请求 {request_id}：客户端不再读取",
+    "Request {request_id} met an error in the program": "请求 {request_id} 遇到程序错误",
+    "Request {request_id}: the client did not read its error": "请求 {request_id}：客户端没有读取错误信息",
+    "A client's connection broke: {error}": "一个客户端连接出错：{error}",
+    "A page met an error in the program": "一个页面遇到程序错误",
+    "The alias {alias} stands for {model}, which is no model": "别名 {alias} 指向 {model}，但没有这个模型",
+    "Forgot {count:d} requests that were older than {days:g} days": "已清除 {count} 个超过 {days} 天的请求",
+    "The store {path} cannot be locked: {error}": "无法锁定存储 {path}：{error}",
+    "There is no log: log.directory = {path} cannot be written to ({error}).": (
+        "没有日志：log.directory = {path} 无法写入（{error}）。"
+    ),
+    # A start that cannot be
+    "Cannot start: {cause}": "无法启动：{cause}",
+    "{key} = {value}: expected {expected}": "{key} = {value}：应为{expected}",
+    "nothing, as there is no such key (config.toml has them all)": "空，因为没有这个键（全部见 config.toml）",
+    "a path under {prefixes}": "位于 {prefixes} 之下的路径",
+    "a path under {prefixes} with {names}": "位于 {prefixes} 之下、含有 {names} 的路径",
+    "networks such as 198.18.0.0/15, neither loopback nor link-local": (
+        "网络，例如 198.18.0.0/15，不能是环回或链路本地地址"
+    ),
+    "a loopback address, or server.api_key set beside it": "环回地址，否则须同时设置 server.api_key",
+    "a TOML file": "一个 TOML 文件",
+    "a readable UTF-8 file": "一个可读的 UTF-8 文件",
+    "a readable list of models ({error})": "一个可读的模型列表（{error}）",
+    "a pattern that names at least one of {count:d} models": "至少匹配 {count} 个模型之一的模式",
+    "a directory that can be written to ({error})": "一个可写的目录（{error}）",
+    "a store that can be used ({error})": "一个可用的存储（{error}）",
+    "a store that can be read ({error})": "一个可读的存储（{error}）",
+    "a store that can be written ({error})": "一个可写的存储（{error}）",
+    "a store of version {known:d} or older, but it has version {version:d}": (
+        "版本 {known} 或更旧的存储，但它的版本是 {version}"
+    ),
+    "a store that no other copy of the program uses now: end that copy, or give this one its own": (
+        "没有被本程序另一个副本占用的存储：请结束那个副本，或为这一个另设存储"
+    ),
+    "a port that can be listened at ({error})": "可以监听的端口（{error}）",
+    "a file that exists": "一个存在的文件",
+    "a number of days above 0": "大于 0 的天数",
+    "a file that can be written ({error})": "一个可写的文件（{error}）",
+    "one of {values}": "{values} 之一",
+    # --check, --prune and --update-models
+    "configuration  {path}: every key is known and in range": "配置  {path}：每个键都已知且在范围内",
+    "models         {count:d} of {path} are served": "模型  启用 {path} 中的 {count} 个",
+    "alias          {alias} stands for {model}, which is none of them": (
+        "别名  {alias} 指向 {model}，但没有这个模型"
+    ),
+    "store          {path} holds {count:d} conversations": "存储  {path} 中有 {count} 个对话",
+    "{key} {host}:{port:d} is free": "{key} {host}:{port} 可用",
+    "{path}: {count:d} requests that were older than {days:g} days are gone": (
+        "{path}：已清除 {count} 个超过 {days} 天的请求"
+    ),
+    "Waiting for the page's model list; Ctrl-C leaves models.json as it is.": (
+        "正在等待页面的模型列表；按 Ctrl-C 则 models.json 保持不变。"
+    ),
+    "new      {model} ({id})": "新增  {model}（{id}）",
+    "changed  {model} ({id}): {keys}": "变更  {model}（{id}）：{keys}",
+    "{path}: {changes:d} of {count:d} models are new or changed": (
+        "{path}：{count} 个模型中有 {changes} 个是新的或有变化"
+    ),
+    # --help
+    "an OpenAI-compatible API in front of a person's own LMArena tab.": (
+        "在您自己的 LMArena 标签页前面的 OpenAI 兼容 API。"
+    ),
+    "the configuration file (default: config.toml here)": "配置文件（默认为此处的 config.toml）",
+    "answer the question before bootstrap with Enter": "以回车回答打开对话前的询问",
+    "open conversations only when requests need them": "只在请求需要时打开对话",
+    "serve only these models (models.include)": "只启用这些模型（models.include）",
+    "where the API listens (server.host)": "API 的监听地址（server.host）",
+    "the API's port (server.port)": "API 的端口（server.port）",
+    "the bridge's port (bridge.port)": "桥的端口（bridge.port）",
+    "run against a stand-in arena, without a browser": "对模拟站点运行，无需浏览器",
+    "check configuration, models, store and ports, and exit": "检查配置、模型、存储和端口，然后退出",
+    "write the page's model list to models.json, and exit": "把页面的模型列表写入 models.json，然后退出",
+    "forget requests older than storage.keep_days, and exit": "清除早于 storage.keep_days 的请求，然后退出",
+    "the language of the console: en or zh (default: the system's)": "控制台的语言：en 或 zh（默认随系统）",
+}
+LANGUAGES: dict[str, dict[str, str]] = {"en": {}, "zh": CHINESE}
+
+
+class Translator:
+    """Says the program's messages, which are English, in the person's language; others as they are.
+
+    A message is found again by its form, so that nobody else needs to know of languages. What it holds is
+    translated, too: an advice in an event, a reason in a detail.
+    """
+
+    _NUMBER, _ANYTHING = r"(-?[\d.,]+)", "(.*?)"
+
+    def __init__(self, language: str) -> None:
+        self._twins = LANGUAGES[language]
+        self._forms = [(self._form(each), names, self._twins[each]) for each, names in self._with_names()]
+
+    def _with_names(self) -> Iterator[tuple[str, list[str]]]:
+        for message in self._twins:
+            if names := re.findall(r"\{(\w+)(?::[^}]*)?\}", message):
+                yield message, names
+
+    def _form(self, message: str) -> re.Pattern[str]:
+        parts = re.split(r"\{\w+(:[^}]*)?\}", message)
+        text = [re.escape(part or "") for part in parts[::2]]
+        fields = [self._NUMBER if part else self._ANYTHING for part in parts[1::2]]
+        return re.compile("".join(itertools.chain(*zip(text, [*fields, ""], strict=True))), re.DOTALL)
+
+    def __call__(self, text: str) -> str:
+        if not self._twins or text in self._twins:
+            return self._twins.get(text, text)
+        # An event without its last detail ends where that would begin.
+        for whole in (text, f"{text}: "):
+            for form, names, twin in self._forms:
+                if found := form.fullmatch(whole):
+                    values = [self(value) if len(value) < len(text) else value for value in found.groups()]
+                    said = twin.format_map(dict(zip(names, values, strict=True)))
+                    return said if values[-1] else said.rstrip("：，。")
+        return text
+
+
 _LEVEL_STYLES = {
     logging.DEBUG: "dim",
     logging.WARNING: "yellow",
@@ -4487,9 +4738,9 @@ class Screen(RichConsole):
 class ConsoleHandler(logging.Handler):
     """Shows log records: one line each, and the whole story of a model that is skipped."""
 
-    def __init__(self, screen: RichConsole) -> None:
+    def __init__(self, screen: RichConsole, translate: Translator) -> None:
         super().__init__()
-        self._screen = screen
+        self._screen, self._translate = screen, translate
 
     def emit(self, record: logging.LogRecord) -> None:
         event = getattr(record, "event", None)
@@ -4498,7 +4749,8 @@ class ConsoleHandler(logging.Handler):
         style = _LEVEL_STYLES.get(record.levelno) or _EVENT_STYLES.get(type(event), "")  # type: ignore[arg-type]
         if isinstance(event, ModelSkipped):
             self._show_skipped(event)
-        line = RichText(f"{datetime.now():%H:%M:%S} ", style="dim").append(record.getMessage(), style=style)
+        message = self._translate(record.getMessage())
+        line = RichText(f"{datetime.now():%H:%M:%S} ", style="dim").append(message, style=style)
         if self._screen.is_terminal:
             self._screen.print(line, soft_wrap=True)
         elif not self._screen.quiet:
@@ -4529,9 +4781,8 @@ class ConsoleHandler(logging.Handler):
     def _show_skipped(self, event: ModelSkipped) -> None:
         self._show_traceback(event.error)
         if event.arena_status:
-            self._screen.print(
-                RichText(f"The site answered {event.arena_status} for {event.model}:", style="red")
-            )
+            said = self._translate(f"The site answered {event.arena_status} for {event.model}:")
+            self._screen.print(RichText(said, style="red"))
         if event.reply:
             self._screen.print(RichText(event.reply.rstrip()), soft_wrap=True)
 
@@ -4539,18 +4790,19 @@ class ConsoleHandler(logging.Handler):
 class Console:
     """The person's terminal: banner, countdown, question, progress and summary."""
 
-    def __init__(self, screen: RichConsole, *, can_ask: bool) -> None:
+    def __init__(self, screen: RichConsole, *, can_ask: bool, language: str = "en") -> None:
         """`can_ask`: whether there is a person at the keyboard."""
         self.screen = screen
         self.can_ask = can_ask
+        self.translate = Translator(language)
 
     def say(self, text: str, style: str = "") -> None:
-        self.screen.print(RichText(text, style=style), soft_wrap=True)
+        self.screen.print(RichText(self.translate(text), style=style), soft_wrap=True)
 
     def banner(self, api_url: str, bridge_url: str, models: int, sessions: int, notice: str) -> None:
         self.say(f"lmarena_proxy {VERSION}", "bold")
         if notice:
-            self.say(f"  {notice}", "bold yellow reverse")
+            self.say(f"  {self.translate(notice)}", "bold yellow reverse")
         for label, value in (
             ("API", f"{api_url}/v1"),
             ("dashboard", f"{api_url}/"),
@@ -4558,7 +4810,8 @@ class Console:
             ("bridge", bridge_url),
             ("models", f"{models}, with {sessions} conversations in the store"),
         ):
-            self.say(f"  {label:<11}{value}")
+            label, value = self.translate(label), self.translate(value)
+            self.say(f"  {label}{' ' * (11 - cell_len(label))}{value}")
         self.say(
             "Waiting for an LMArena tab: open https://lmarena.ai in the browser that has the userscript."
         )
@@ -4585,14 +4838,15 @@ class Console:
         """Show how long the tab still has to stay ready; `ends_at` in Trio's time."""
 
         def render() -> RichText:
-            return RichText(f"The tab is ready; settling for {max(0, ends_at - trio.current_time()):.0f} s")
+            seconds = max(0, ends_at - trio.current_time())
+            return RichText(self.translate(f"The tab is ready; settling for {seconds:.0f} s"))
 
         return self.live(render)
 
     def progress(self, count: Callable[[], tuple[int, int, str]]) -> AbstractAsyncContextManager[None]:
         """Show a bar of what `count` returns: done, of how many, and a remark."""
         columns = (
-            TextColumn("Opening conversations"),
+            TextColumn(self.translate("Opening conversations")),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -4602,7 +4856,7 @@ class Console:
 
         def render() -> Progress:
             done, total, text = count()
-            bar.update(task, completed=done, total=total, remark=escape(text))
+            bar.update(task, completed=done, total=total, remark=escape(self.translate(text)))
             return bar
 
         return self.live(render)
@@ -4632,13 +4886,13 @@ class Console:
     def summary(self, rows: Sequence[tuple[str, int, str, str]]) -> None:
         """Rows of model, sessions, state (`ready`, `partial`, `skipped`, `on demand`) and why."""
         counts = Counter(state for _, _, state, _ in rows)
-        self.say(
-            "Models: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())), "bold"
-        )
-        table = Table("model", "sessions", "state", "why", title="Bootstrap")
+        counted = [f"{count} {self.translate(state)}" for state, count in sorted(counts.items())]
+        self.say(f"Models: {', '.join(counted)}", "bold")
+        heads = map(self.translate, ("model", "sessions", "state", "why"))
+        table = Table(*heads, title=self.translate("Bootstrap"))
         # What needs a look stands last, where the eye is.
         for name, sessions, state, why in sorted(rows, key=lambda row: row[2] != "ready"):
-            table.add_row(escape(name), str(sessions), state, escape(why))
+            table.add_row(escape(name), str(sessions), self.translate(state), escape(self.translate(why)))
         self.screen.print(table)
 
 
@@ -6862,8 +7116,31 @@ class Program:
 DEMO_NOTICE = "DEMO: a stand-in arena inside this process answers, not the real site"
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="lmarena_proxy.py", description=__doc__.partition("\n")[0])
+def find_language(environment: Mapping[str, str]) -> str:
+    """The system's language, if the program speaks it; else English."""
+    names = (environment.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    name = next(filter(None, names), "")
+    if sys.platform == "win32" and not name:
+        import ctypes
+
+        primary_language = ctypes.windll.kernel32.GetUserDefaultUILanguage() & 0x3FF
+        name = "zh" if primary_language == 0x04 else ""
+    return name[:2] if name[:2] in LANGUAGES else "en"
+
+
+def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.Namespace:
+    """Read the command line. `language`: the one of --help, unless that is chosen here, too."""
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--lang", choices=LANGUAGES, default=language)
+    translate = Translator(chosen.parse_known_args(arguments)[0].lang)
+    description = __doc__.partition("\n")[0].partition(": ")[2]
+    parser = argparse.ArgumentParser(prog="lmarena_proxy.py", description=translate(description))
+    parser.add_argument(
+        "--lang",
+        choices=LANGUAGES,
+        default=language,
+        help="the language of the console: en or zh (default: the system's)",
+    )
     parser.add_argument(
         "--config", type=Path, metavar="PATH", help="the configuration file (default: config.toml here)"
     )
@@ -6888,6 +7165,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--prune", action="store_true", help="forget requests older than storage.keep_days, and exit"
     )
     parser.add_argument("--version", action="version", version=f"lmarena_proxy {VERSION}")
+    for action in parser._actions:
+        action.help = translate(action.help or "")
     return parser.parse_args(arguments)
 
 
@@ -7113,15 +7392,16 @@ def raise_file_limit() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
-    options = parse_arguments(arguments)
+    options = parse_arguments(arguments, find_language(os.environ))
     raise_file_limit()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # A code page without Chinese must not end the program.
     is_seen = sys.stdout is not None and sys.stdout.isatty()
     screen = Screen(highlight=False, width=None if is_seen else 120)
+    can_ask = sys.stdin is not None and sys.stdin.isatty()
+    console = Console(screen, can_ask=can_ask, language=options.lang)
     try:
         config, directory = configure(options, os.environ)
-        console = Console(screen, can_ask=sys.stdin is not None and sys.stdin.isatty())
         if trouble := open_log(config.log, directory / config.log.directory):
             console.say(trouble)
         if options.check:
@@ -7130,7 +7410,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.prune:
             prune(config, directory, console)
             return EXIT_OK
-        log.addHandler(ConsoleHandler(screen))
+        log.addHandler(ConsoleHandler(screen, console.translate))
         # The stand-in's conversations have no place in the real store.
         place = tempfile.TemporaryDirectory(prefix="lmarena-proxy-demo-") if options.demo else nullcontext()
         with place as store:
@@ -7144,7 +7424,7 @@ def main(arguments: Sequence[str]) -> int:
         if not all(isinstance(cause, ConfigError) for cause in causes):
             raise
         for cause in causes:
-            screen.print(RichText(f"Cannot start: {cause}", style="red"), soft_wrap=True)
+            console.say(f"Cannot start: {cause}", "red")
         return EXIT_CANNOT_START
     except KeyboardInterrupt:
         return EXIT_FORCED

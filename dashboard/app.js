@@ -69,7 +69,10 @@ function Panel({ panel, id }) {
   const Shown = loaded.get(panel);
   useEffect(() => {
     setProblem(null);
-    if (loaded.has(panel)) return undefined;
+    if (loaded.has(panel)) {
+      if (!Shown) render((count) => count + 1); // it came between the render and this
+      return undefined;
+    }
     let isWanted = true;
     LATER[panel]()
       .then((module) => {

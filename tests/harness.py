@@ -332,7 +332,7 @@ class Terminal:
             stdout=slave,
             stderr=slave,
             cwd=directory,
-            env=environment | {"TERM": "xterm-256color", "TMPDIR": str(directory)},
+            env={"LC_ALL": "C.UTF-8"} | environment | {"TERM": "xterm-256color", "TMPDIR": str(directory)},
             start_new_session=True,
             preexec_fn=_take_terminal if keyboard else None,
         )

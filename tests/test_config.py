@@ -264,7 +264,7 @@ def test_a_start_that_cannot_be_returns_two(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[server]\nprot = 1\n", "server.prot = 1: expected no such key"),
+        ("[server]\nprot = 1\n", "server.prot = 1: expected nothing, as there is no such key"),
         ('[models]\npath = "none.json"\n', "models.path"),
         ('[models]\npath = "broken.json"\n', "models.path"),
         ('[storage]\npath = "occupied"\n', "storage.path"),

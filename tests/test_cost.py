@@ -154,7 +154,7 @@ async def test_frames_that_arrive_in_pieces_are_taken_whole_and_in_order(cut: in
     lane.take, lane.is_open = take, True
     sent, passed = b"".join(frames), b""
     for at in range(0, len(sent), cut):
-        passed += lane._sift(lane._rest + sent[at : at + cut])
+        passed += lane._sift(bytes(lane._rest) + sent[at : at + cut])
     assert [message[8:] for message, is_text in taken if not is_text] == LINES[:2]
     assert [message for message, is_text in taken if is_text] == [b'{"type": "pong"}']
     # The last one must not overtake the fragmented one, which the library still has.

@@ -60,10 +60,18 @@ function add(turn) {
   ];
 }
 
+/**
+ * Whether a turn is part of what the model is told: not a failed one, nor the question that it left open.
+ * @param {Turn} turn
+ * @param {number} index
+ * @param {Turn[]} turns
+ */
+const isSaid = (turn, index, turns) => !!turn.text && turn.state !== "failed" && turns[index + 1]?.state !== "failed";
+
 /** @param {string} text @param {string} model */
 async function send(text, model) {
   add({ role: "user", text });
-  const messages = chat.turns.filter((turn) => turn.text && turn.state !== "failed").map(({ role, text: content }) => ({ role, content }));
+  const messages = chat.turns.filter(isSaid).map(({ role, text: content }) => ({ role, content }));
   add({ role: "assistant", model, state: "running" });
   changed();
   const control = (chat.control = new AbortController());

@@ -147,17 +147,17 @@ const start = (models) =>
   attempt(() => call("POST", "/api/bootstrap", models ? { action: "start", models } : { action: "start" }));
 const abort = () => attempt(() => call("POST", "/api/bootstrap", { action: "abort" }));
 
-/** What a run would open: the program's own number, else what the pools lack. @param {import("../store.js").Bootstrap} bootstrap */
-function planOf(bootstrap) {
-  const listed = bootstrap.progress?.filter((entry) => entry.planned > 0).length;
+/** What a run would open: what the pools lack of conversations that can be used now. */
+function planOf() {
   let models = 0;
-  let missing = 0;
+  let conversations = 0;
   for (const entry of store.get().pool.values()) {
-    if (entry.requires_image || entry.sessions >= entry.tokens) continue;
+    const missing = entry.tokens - (entry.sessions - entry.resting);
+    if (entry.requires_image || missing <= 0) continue;
     models += 1;
-    missing += entry.tokens - entry.sessions;
+    conversations += missing;
   }
-  return { conversations: bootstrap.planned || missing, models: listed || models };
+  return { conversations, models };
 }
 
 function BootstrapCard() {
@@ -176,7 +176,7 @@ function BootstrapCard() {
       <div class="card-body">
         ${phase === "waiting_for_browser" && html`<${Steps} />`}
         ${phase === "settling" && html`<${Settling} bootstrap=${bootstrap} isReady=${isReady} />`}
-        ${phase === "confirm" && html`<${Question} bootstrap=${bootstrap} />`}
+        ${phase === "confirm" && html`<${Question} />`}
         ${phase === "running" && html`<${Run} bootstrap=${bootstrap} />`}
         ${isOver && html`<${Result} bootstrap=${bootstrap} isReady=${isReady} />`}
         ${bootstrap.skipped.length > 0 && html`<${SkippedList} skipped=${bootstrap.skipped} canRetry=${phase !== "running" && isReady} />`}
@@ -209,13 +209,11 @@ function Settling({ bootstrap, isReady }) {
     <p class="countdown"><span class="countdown-number num">${left}</span> <span>${t("boot.settling", { n: Number(left) })}</span></p>
     <div class="row">
       <${Button} icon="play" disabled=${!isReady} onClick=${() => start()}>${t("boot.start_now")}<//>
-      <${Button} kind="quiet" onClick=${abort}>${t("boot.skip")}<//>
     </div>`;
 }
 
-/** @param {{bootstrap: import("../store.js").Bootstrap}} props */
-function Question({ bootstrap }) {
-  const plan = planOf(bootstrap);
+function Question() {
+  const plan = planOf();
   return html`
     <p class="question">${t("boot.plan", plan)}</p>
     <div class="row">
@@ -272,7 +270,7 @@ function Run({ bootstrap }) {
 /** @param {{bootstrap: import("../store.js").Bootstrap, isReady: boolean}} props */
 function Result({ bootstrap, isReady }) {
   useStore((state) => state.pool);
-  const { conversations, models } = planOf({ ...bootstrap, planned: 0, progress: [] });
+  const { conversations, models } = planOf();
   return html`
     ${bootstrap.planned > 0 && html`<${Progress} bootstrap=${bootstrap} />`}
     ${bootstrap.planned === 0 && html`<p class="muted">${t(`boot.${bootstrap.phase}_text`)}</p>`}

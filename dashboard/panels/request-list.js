@@ -60,7 +60,9 @@ export class RequestList {
     /** @type {Error|null} */
     this.problem = null;
     this.scroll = 0;
-    /** @type {string|null} the newest ended request that was looked at */
+    /** @type {Summary[]} what the feed says has ended, newest first */
+    this.ended = [];
+    /** @type {string|null} the newest of them that was looked at */
     this.seen = null;
     this.turn = 0;
     /** @type {() => void} */
@@ -72,7 +74,7 @@ export class RequestList {
    * @param {Summary[]} ended as the feed has them now: what comes after them is taken from there
    */
   async reload(ended) {
-    this.seen = ended[0]?.request_id ?? null;
+    this.ended = ended;
     await this.load("");
   }
 
@@ -103,10 +105,14 @@ export class RequestList {
         }
       } else {
         this.rows = page.data;
-        this.fresh = [];
         this.isDetached = this.isStale = false;
+        // What has just ended may be in the feed before it is in the store.
+        this.fresh = filters.q ? [] : this.fitting(this.ended);
+        this.seen = this.ended[0]?.request_id ?? null;
+        this.next = page.next ?? null;
+        this.merge();
       }
-      this.next = page.next ?? null;
+      if (before) this.next = page.next ?? null;
       this.isLoaded = true;
     } catch (error) {
       if (turn !== this.turn) return;
@@ -122,16 +128,15 @@ export class RequestList {
    * @param {boolean} mayFlow whether rows may appear above those that are read
    */
   take(ended, mayFlow) {
+    this.ended = ended;
     if (!this.isLoaded || !ended.length || ended[0].request_id === this.seen) return;
     const end = this.seen == null ? ended.length : ended.findIndex((row) => row.request_id === this.seen);
     this.seen = ended[0].request_id;
     const { filters } = this;
     if (filters.status === "running") return;
     if (end < 0) this.isStale = true;
-    const known = new Set([...this.rows, ...this.fresh].map((row) => row.request_id));
-    const news = ended.slice(0, end < 0 ? ended.length : end).filter(
-      (row) => !known.has(row.request_id) && hasStatus(row, filters.status) && (!filters.model || row.model === filters.model),
-    );
+    const known = new Set(this.fresh.map((row) => row.request_id));
+    const news = this.fitting(ended.slice(0, end < 0 ? ended.length : end)).filter((row) => !known.has(row.request_id));
     // A search is the store's: it sees the whole texts. So with one they are only announced.
     if (news.length) this.fresh = [...news, ...this.fresh].slice(0, MOST_ROWS);
     if (mayFlow && !this.needsReload) this.show();
@@ -143,8 +148,25 @@ export class RequestList {
     return this.isDetached || this.isStale || this.filters.q !== "";
   }
 
+  /**
+   * Those that the filters want and the list has not got yet.
+   * @param {Summary[]} ended
+   */
+  fitting(ended) {
+    const { status, model } = this.filters;
+    if (status === "running") return [];
+    const known = new Set(this.rows.map((row) => row.request_id));
+    return ended.filter((row) => !known.has(row.request_id) && hasStatus(row, status) && (!model || row.model === model));
+  }
+
   /** Put what was kept back into the list. */
   show() {
+    if (!this.fresh.length) return;
+    this.merge();
+    this.onChange();
+  }
+
+  merge() {
     if (!this.fresh.length) return;
     const oldest = this.next ? this.rows.at(-1)?.created_at ?? 0 : 0;
     const rows = [...this.fresh.filter((row) => row.created_at >= oldest), ...this.rows];
@@ -154,6 +176,5 @@ export class RequestList {
       this.rows = this.rows.slice(0, MOST_ROWS);
       this.next = this.rows[MOST_ROWS - 1].request_id;
     }
-    this.onChange();
   }
 }

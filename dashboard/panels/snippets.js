@@ -90,13 +90,11 @@ for await (const piece of textStream) process.stdout.write(piece);
   },
   {
     id: "open-webui", name: "Open WebUI", language: "sh",
-    code: (connection) => `docker run -d --name open-webui -p 3000:8080 \\
-  --add-host=host.docker.internal:host-gateway \\
-  -e OPENAI_API_BASE_URL=${shellQuote(fromContainer(connection.base))} \\
-  -e OPENAI_API_KEY=${connection.needsKey ? `"$${KEY_VARIABLE}"` : "any"} \\
-  -e ENABLE_OLLAMA_API=false \\
-  -v open-webui:/app/backend/data \\
-  ghcr.io/open-webui/open-webui:main
+    code: (connection) => `pip install open-webui
+OPENAI_API_BASE_URL=${shellQuote(connection.base)} \\
+OPENAI_API_KEY=${connection.needsKey ? `"$${KEY_VARIABLE}"` : "any"} \\
+ENABLE_OLLAMA_API=false ENABLE_TAGS_GENERATION=false ENABLE_FOLLOW_UP_GENERATION=false \\
+open-webui serve --port 3000
 `,
   },
   {

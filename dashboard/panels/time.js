@@ -135,7 +135,7 @@ const Chart = memo(({ name, times, series, format, isDay }) => {
               ${series.map((each) => html`<td key=${each.name} class="numeric">${format(each.values[row])}</td>`)}</tr>`;
           })}</tbody></table></div>`
       : html`<div class="b-chart-legend" aria-hidden="true">
-            ${series.map((each) => html`<span key=${each.name}><span class="b-swatch" style=${{ background: `var(${each.color})` }}></span>${each.name}
+            ${series.map((each) => html`<span key=${each.name}><span class="b-swatch" style=${{ background: `var(${each.color})` }}></span>${each.name}${" "}
               <b>${index == null ? "" : format(each.values[index])}</b></span>`)}
             <span class="b-at">${index == null ? "" : bucketTime(times[index], isDay)}</span>
           </div>
@@ -237,7 +237,7 @@ export default function OverTime() {
           <${Stat} label=${t("b.time.requests")} value=${number(total)} />
           <${Stat} label=${t("b.time.errors")} value=${number(errors)} hint=${total ? t("b.percent", { n: number((errors / total) * 100, 1) }) : ""} kind=${errors ? "bad" : ""} />
           <${Stat} label=${t("b.time.queue_most")} value=${number(deepest)} />
-          <${Stat} label=${t("b.time.until")} value=${clock(statistics.to)} />
+          <${Stat} label=${t("b.time.until")} value=${clock(Math.min(statistics.to, Date.now() / 1000))} />
         </dl>
         <div class="b-charts">${charts.map((chart) => html`<${Chart} key=${`${chart.name} ${hours}`} name=${chart.name} times=${statistics.times}
           series=${chart.series} format=${chart.format} isDay=${isDay} />`)}</div>

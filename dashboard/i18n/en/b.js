@@ -3,7 +3,6 @@
 
 /** @type {Record<string, string>} */
 export default {
-  "b.again": "Try again",
   "b.loading": "Loading…",
   "b.milliseconds": "{n}ms",
   "b.percent": "{n}%",
@@ -33,8 +32,7 @@ export default {
 
   "b.requests.title": "Requests",
   "b.requests.filters": "Filter the requests",
-  "b.requests.search": "Search",
-  "b.requests.search_hint": "In messages, answers, errors, ids",
+  "b.requests.search": "Search texts, errors, ids",
   "b.requests.status": "State",
   "b.requests.model": "Model",
   "b.requests.all_models": "All models",
@@ -169,7 +167,7 @@ export default {
   "b.connect.note.openai-node": "npm install openai; save as an .mjs file.",
   "b.connect.note.langchain": "pip install langchain-openai",
   "b.connect.note.ai-sdk": "npm install ai @ai-sdk/openai-compatible; save as an .mjs file.",
-  "b.connect.note.open-webui": "Without Docker: Admin Settings → Connections → OpenAI API takes the base URL. From a container the program must listen beyond loopback (server.host, with a key, and allowed_hosts). Interface → turn off title, tags and follow-ups to save three requests per message.",
+  "b.connect.note.open-webui": "In its page it is Admin Settings → Connections → OpenAI API. From a container the program must listen beyond loopback (server.host, with a key, and allowed_hosts). Interface → turn off title, tags and follow-ups to save three requests per message.",
   "b.connect.note.sillytavern": "Choose these in SillyTavern, then press Connect.",
   "b.connect.note.cherry-studio": "It adds /v1 to the host by itself.",
   "b.connect.note.lobechat": "Without Docker: Settings → AI Service Provider → OpenAI → API Proxy URL. From a container the program must listen beyond loopback (server.host, with a key, and allowed_hosts).",

@@ -3,7 +3,6 @@
 
 /** @type {Record<string, string>} */
 export default {
-  "b.again": "重试",
   "b.loading": "正在加载…",
   "b.milliseconds": "{n}毫秒",
   "b.percent": "{n}%",
@@ -33,8 +32,7 @@ export default {
 
   "b.requests.title": "请求",
   "b.requests.filters": "筛选请求",
-  "b.requests.search": "搜索",
-  "b.requests.search_hint": "消息、回答、错误、编号",
+  "b.requests.search": "搜索内容、错误、编号",
   "b.requests.status": "状态",
   "b.requests.model": "模型",
   "b.requests.all_models": "全部模型",
@@ -169,7 +167,7 @@ export default {
   "b.connect.note.openai-node": "npm install openai；保存为 .mjs 文件。",
   "b.connect.note.langchain": "pip install langchain-openai",
   "b.connect.note.ai-sdk": "npm install ai @ai-sdk/openai-compatible；保存为 .mjs 文件。",
-  "b.connect.note.open-webui": "不用 Docker 时：在 管理员设置 → 外部连接 → OpenAI API 中填写接口地址。从容器访问时，程序须监听本机以外的地址（server.host，并设置密钥与 allowed_hosts）。在 界面 中关闭标题、标签和后续问题的生成，每条消息可少发三个请求。",
+  "b.connect.note.open-webui": "在其页面中：管理员设置 → 外部连接 → OpenAI API。从容器访问时，程序须监听本机以外的地址（server.host，并设置密钥与 allowed_hosts）。在 界面 中关闭标题、标签和后续问题的生成，每条消息可少发三个请求。",
   "b.connect.note.sillytavern": "在 SillyTavern 中按此选择，然后点击 Connect。",
   "b.connect.note.cherry-studio": "它会自动在地址后加上 /v1。",
   "b.connect.note.lobechat": "不用 Docker 时：设置 → AI 服务商 → OpenAI → API 代理地址。从容器访问时，程序须监听本机以外的地址（server.host，并设置密钥与 allowed_hosts）。",
