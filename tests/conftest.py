@@ -8,6 +8,26 @@ from playwright.sync_api import Playwright, sync_playwright
 from userscript_bridge import ArenaProcess
 
 
+# The files that take longest begin first: else the last of them runs alone while the other workers are idle.
+LONGEST = (
+    *("test_userscript", "test_dashboard", "test_browser_faults", "test_open_webui", "test_client_faults"),
+    *(
+        "test_program",
+        "test_fuzz",
+        "test_soak",
+        "test_kill",
+        "test_chat_parameters",
+        "test_media",
+        "test_clients",
+    ),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture
 def errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """An error of the program is logged with its traceback, and fails the test."""

@@ -596,7 +596,7 @@ async def test_store_and_log_are_nobody_elses_to_read_whatever_the_umask(
         await check_answers(desk)
         for place, names in (
             (tmp_path / "logs", {"lmarena_proxy.jsonl"}),
-            (tmp_path / "state", {store_of(tmp_path).name + ending for ending in ("", "-wal", "-shm")}),
+            (tmp_path / "state", {"lock", *(store_of(tmp_path).name + end for end in ("", "-wal", "-shm"))}),
         ):
             assert place.stat().st_mode & 0o777 == 0o700
             modes = {path.name: path.stat().st_mode & 0o777 for path in place.iterdir()}
