@@ -7,7 +7,6 @@ import pytest
 from playwright.sync_api import Playwright, sync_playwright
 from userscript_bridge import ArenaProcess
 
-
 # The files that take longest begin first: else the last of them runs alone while the other workers are idle.
 LONGEST = (
     *("test_userscript", "test_dashboard", "test_browser_faults", "test_open_webui", "test_client_faults"),
