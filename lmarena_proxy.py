@@ -230,6 +230,8 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10_000_000)]
+# Up to eleven years; 0 stands for never.
+Hours = Annotated[float, msgspec.Meta(ge=0, le=100_000)]
 Glob = str
 
 
@@ -252,6 +254,7 @@ class BridgeConfig(Section, frozen=True):
     port: Port = 9081
     heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 20
     reconnect_grace_seconds: Seconds = 30
+    model_refresh_hours: Hours = 0
     allowed_origins: tuple[str, ...] = (
         "https://lmarena.ai",
         "https://*.lmarena.ai",
@@ -277,6 +280,7 @@ class ModelsConfig(Section, frozen=True):
 class PoolConfig(Section, frozen=True):
     sessions_per_model: Count = 4
     max_consecutive_failures: Count = 3
+    max_idle_hours: Hours = 0
 
 
 class BootstrapConfig(Section, frozen=True):
@@ -299,6 +303,7 @@ class RequestsConfig(Section, frozen=True):
     keepalive_seconds: Annotated[float, msgspec.Meta(ge=0.01, le=86_400)] = 10
     reasoning: Literal["reasoning_content", "reasoning", "both", "think"] = "reasoning_content"
     list_sources: bool = False
+    merge_system: bool = False
 
 
 class MediaConfig(Section, frozen=True):
@@ -1277,6 +1282,25 @@ def read_chat(body: bytes) -> AnswerRequest:
         max_completion_tokens=chat.max_completion_tokens,
         ignored=tuple(sorted(IGNORED_PARAMETERS & given)),
     )
+
+
+def merge_system(asked: AnswerRequest) -> AnswerRequest:
+    """The same request with one system message, at the front, in place of those that it has.
+
+    Front ends that play characters scatter theirs over the conversation; the texts keep their order.
+    """
+    pairs = [*zip(asked.messages, asked.paths, strict=True)]
+    system = [(message, path) for message, path in pairs if message.role == "system"]
+    if not system:
+        return asked
+    text = "\n\n".join(message.content for message, _ in system if message.content)
+    attachments = tuple(each for message, _ in system for each in message.attachments)
+    # What is wrong with an image is told of the first message that has one.
+    path = next((path for message, path in system if message.attachments), system[0][1])
+    rest = [(message, path) for message, path in pairs if message.role != "system"]
+    merged = [(Message("system", text, attachments), path), *rest]
+    messages, paths = [message for message, _ in merged], [path for _, path in merged]
+    return msgspec.structs.replace(asked, messages=messages, paths=paths)
 
 
 def _ask_for_images(wanted: ImageBody, given: Set[str], message: Message, path: str) -> AnswerRequest:
@@ -2849,6 +2873,9 @@ class MediaFiles:
 #   - A session is bound to the account that opened it. Sessions of accounts without a ready tab rest in the
 #     deque: `take` passes over them, and they add no tokens.
 #   - A lease's session goes back to the end of the deque, unless it was retired meanwhile.
+#   - A session that was idle for longer than `pool.max_idle_hours` counts as missing. It is retired when
+#     somebody comes for a session of its model, a request or a run of bootstrap, who then opens another: no
+#     clock runs, and nothing is opened that nobody has asked for.
 #
 # The pool sends nothing and knows no bridge. There is no await between reading and changing its state; only
 # `acquire` and `add` wait, the first before it changes anything but the queue, the second on the disk before
@@ -2931,6 +2958,11 @@ class ModelPool:
     def resting(self, accounts: Set[str]) -> int:
         """How many idle sessions belong to other accounts than these."""
         return sum(session.account not in accounts for session in self._idle)
+
+    def idle_since(self, moment: float, accounts: Set[str]) -> list[Session]:
+        """The idle sessions of these accounts that were last used, or opened, before a moment."""
+        idle = (session for session in self._idle if session.account in accounts)
+        return [session for session in idle if (session.last_used_at or session.created_at) < moment]
 
     def resize(self, accounts: Iterable[str]) -> None:
         """Set the number of tokens to what these accounts can use."""
@@ -3064,9 +3096,21 @@ class SessionPool:
         for pool in self._pools.values():
             pool.resize(self._accounts)
 
+    def _stale(self, pool: ModelPool, accounts: Iterable[str]) -> list[Session]:
+        hours = self._config.max_idle_hours
+        return pool.idle_since(time.time() - hours * 3600, {*accounts}) if hours else []
+
+    def retire_stale(self, model: Model, accounts: Iterable[str]) -> None:
+        """Retire the sessions of these accounts that nobody has used for `pool.max_idle_hours`."""
+        for session in self._stale(self.of(model.id), accounts):
+            hours = (time.time() - (session.last_used_at or session.created_at)) / 3600
+            self.retire(session, f"not used for {hours:.0f} hours (pool.max_idle_hours)")
+
     def missing(self, model: Model) -> int:
         """How many sessions bootstrap has to open for a model."""
-        return max(0, self._config.sessions_per_model - self.of(model.id).usable(self._accounts))
+        pool = self.of(model.id)
+        fresh = pool.usable(self._accounts) - len(self._stale(pool, self._accounts))
+        return max(0, self._config.sessions_per_model - fresh)
 
     async def acquire(self, lease: Lease) -> None:
         """Wait for a token, first come first served."""
@@ -3091,6 +3135,8 @@ class SessionPool:
         return True
 
     def take(self, lease: Lease, accounts: Iterable[str]) -> Session | None:
+        """Lend the longest idle session that one of these accounts may use and that is not stale."""
+        self.retire_stale(lease.model, accounts)
         return self.of(lease.model.id).take(lease, accounts)
 
     def give_back(self, lease: Lease) -> None:
@@ -4977,6 +5023,8 @@ class BootstrapRun:
         await self._bridges.wait_ready(math.inf)
         self.accounts = self._bridges.accounts()
         plan = self.plan()
+        for model, _ in plan:
+            self._pool.retire_stale(model, self.accounts)
         self.planned = {model.id: missing for model, missing in plan}
         limiter = trio.CapacityLimiter(self._config.bootstrap.concurrency)
         rounds = max(self.planned.values(), default=0)
@@ -6165,7 +6213,8 @@ class Answers:
                 return read_image_edit(body, http.headers.get("content-type", ""))
             case "/v1/images/generations":
                 return read_image_generation(body)
-        return read_chat(body)
+        asked = read_chat(body)
+        return merge_system(asked) if self._config.requests.merge_system else asked
 
     def _check(self, asked: AnswerRequest, model: Model) -> None:
         """Raises ClientError for what the model cannot do."""
@@ -7072,6 +7121,8 @@ class Program:
         nursery.start_soon(self.bootstrap.supervise)
         if self.config.storage.keep_days:
             nursery.start_soon(self._keep_tidy)
+        if self.config.bridge.model_refresh_hours:
+            nursery.start_soon(self._refresh_models)
 
     async def _keep_tidy(self) -> None:
         """Forget old requests, now and then."""
@@ -7080,6 +7131,12 @@ class Program:
             if count := await self.store.prune(days):
                 log.info("Forgot %d requests that were older than %g days", count, days)
             await trio.sleep(PRUNE_INTERVAL_SECONDS)
+
+    async def _refresh_models(self) -> None:
+        """Ask the tabs for their model list, now and then; the site is not asked."""
+        while True:
+            await trio.sleep(self.config.bridge.model_refresh_hours * 3600)
+            self.bridges.refresh_models()
 
     async def stop(self) -> None:
         """Shut down: no new requests, the running ones get their grace, then everything ends."""
