@@ -39,6 +39,7 @@ The file is read downward, once: a definition is used only below itself. Its sec
     Monitoring
     HTTP API
     Program
+    Housekeeping
     Command line
 """
 
@@ -230,6 +231,8 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10_000_000)]
+# A moment, up to the year 5138.
+UnixTime = Annotated[float, msgspec.Meta(ge=0, le=1e11)]
 # Up to eleven years; 0 stands for never.
 Hours = Annotated[float, msgspec.Meta(ge=0, le=100_000)]
 Glob = str
@@ -2436,6 +2439,22 @@ class Store:
             wanted = f"a store that can be written ({error})"
             raise ConfigError("storage.path", str(self.path), wanted) from None
         return count
+
+    def add_now(self, sessions: Iterable[Session]) -> int:
+        """Insert the sessions that are not known, all or none; returns how many there were. For before `run`.
+
+        Raises ConfigError.
+        """
+        statement = f"INSERT OR IGNORE INTO sessions VALUES ({', '.join('?' * 8)})"
+        rows = [msgspec.structs.astuple(session)[:8] for session in sessions]
+        before = self._connection.total_changes
+        try:
+            with self._connection:
+                self._connection.executemany(statement, rows)
+        except sqlite3.Error as error:
+            wanted = f"a store that can be written ({error})"
+            raise ConfigError("storage.path", str(self.path), wanted) from None
+        return self._connection.total_changes - before
 
     async def settle(self) -> None:
         """Wait until everything queued so far is on disk."""
@@ -7167,113 +7186,11 @@ class Program:
 
 
 # ==========================================================================================================
-# Command line
+# Housekeeping
 # ==========================================================================================================
-
-DEMO_NOTICE = "DEMO: a stand-in arena inside this process answers, not the real site"
-
-
-def find_language(environment: Mapping[str, str]) -> str:
-    """The system's language, if the program speaks it; else English."""
-    names = (environment.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-    name = next(filter(None, names), "")
-    if sys.platform == "win32" and not name:
-        import ctypes
-
-        primary_language = ctypes.windll.kernel32.GetUserDefaultUILanguage() & 0x3FF
-        name = "zh" if primary_language == 0x04 else ""
-    return name[:2] if name[:2] in LANGUAGES else "en"
-
-
-def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.Namespace:
-    """Read the command line. `language`: the one of --help, unless that is chosen here, too."""
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--lang", choices=LANGUAGES, default=language)
-    translate = Translator(chosen.parse_known_args(arguments)[0].lang)
-    description = __doc__.partition("\n")[0].partition(": ")[2]
-    parser = argparse.ArgumentParser(prog="lmarena_proxy.py", description=translate(description))
-    parser.add_argument(
-        "--lang",
-        choices=LANGUAGES,
-        default=language,
-        help="the language of the console: en or zh (default: the system's)",
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="PATH", help="the configuration file (default: config.toml here)"
-    )
-    parser.add_argument("--yes", action="store_true", help="answer the question before bootstrap with Enter")
-    parser.add_argument(
-        "--no-bootstrap", action="store_true", help="open conversations only when requests need them"
-    )
-    parser.add_argument(
-        "--models", nargs="+", metavar="GLOB", help="serve only these models (models.include)"
-    )
-    parser.add_argument("--host", help="where the API listens (server.host)")
-    parser.add_argument("--port", type=int, help="the API's port (server.port)")
-    parser.add_argument("--bridge-port", type=int, help="the bridge's port (bridge.port)")
-    parser.add_argument("--demo", action="store_true", help="run against a stand-in arena, without a browser")
-    parser.add_argument(
-        "--check", action="store_true", help="check configuration, models, store and ports, and exit"
-    )
-    parser.add_argument(
-        "--update-models", action="store_true", help="write the page's model list to models.json, and exit"
-    )
-    parser.add_argument(
-        "--prune", action="store_true", help="forget requests older than storage.keep_days, and exit"
-    )
-    parser.add_argument("--version", action="version", version=f"lmarena_proxy {VERSION}")
-    for action in parser._actions:
-        action.help = translate(action.help or "")
-    return parser.parse_args(arguments)
-
-
-Overrides = dict[tuple[str, str], tuple[object, str]]
-
-
-def find_overrides(options: argparse.Namespace, environment: Mapping[str, str]) -> Overrides:
-    """What is laid over the file: by table and key, the value and where it comes from."""
-    overrides: Overrides = {}
-    if api_key := environment.get("LMARENA_PROXY_API_KEY"):
-        overrides["server", "api_key"] = (api_key, "environment")
-    given: dict[tuple[str, str], object] = {}
-    for name, table, key in (
-        ("host", "server", "host"),
-        ("port", "server", "port"),
-        ("bridge_port", "bridge", "port"),
-        ("models", "models", "include"),
-    ):
-        if (value := getattr(options, name)) is not None:
-            given[table, key] = value
-    if options.no_bootstrap or options.update_models:
-        given["bootstrap", "enabled"] = False
-    if options.update_models:
-        given |= {("models", "include"): ["*"], ("models", "exclude"): []}
-    if options.demo:
-        # A demo does not keep one waiting.
-        given["bootstrap", "settle_seconds"] = 3
-    return overrides | {place: (value, "command line") for place, value in given.items()}
-
-
-def find_sources(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
-    """By key, where each value that is no default comes from: file, environment or command line."""
-    sources = {
-        f"{table}.{key}": source for (table, key), (_, source) in find_overrides(options, environment).items()
-    }
-    every = [
-        f"{table}.{key}"
-        for table, section in get_type_hints(Config).items()
-        for key in section.__struct_fields__
-    ]
-    return dict.fromkeys(every, "file") | sources
-
-
-def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[Config, Path]:
-    """The configuration in force (command line over environment over file), and its paths' directory."""
-    path: Path = options.config or HERE / "config.toml"
-    if options.config and not path.exists():
-        raise ConfigError("--config", str(path), "a file that exists")
-    overrides = {place: value for place, (value, _) in find_overrides(options, environment).items()}
-    return read_config(path, overrides), path.resolve().parent
+#
+# What is done beside serving, each by an option of its own: checks, the store's conversations out and in, old
+# requests away, models.json anew.
 
 
 @contextmanager
@@ -7353,24 +7270,250 @@ def check(config: Config, directory: Path, console: Console) -> None:
         console.say(f"{key:<14} {host}:{port} is free")
 
 
-async def run_demo(
-    program: Program, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """The stand-in arena, and the userscript's twin, which also plays the person at its check and terms."""
-    from demo.arena import Arena, Switches
-    from demo.arena import serve as serve_arena
-    from demo.twin import Twin
+# Sessions leave and enter as JSON: an object of `format`, `version` and `sessions`. LMArenaBridge's files are
+# read, too: config.jsonc has one session without a model, model_endpoint_map.json has sessions by the names
+# of models; neither says whose they are, and a session of a battle cannot be retried here.
 
-    async with trio.open_nursery() as nursery:
-        switches = Switches(check=True, latency_seconds=0.3, line_delay_seconds=0.03)
-        url = await nursery.start(serve_arena, Arena(switches=switches))
-        program.media.site_origins.add(url)
-        twin = Twin(url, program.api.bridge_url)
-        await nursery.start(twin.run)
-        task_status.started()
-        for act in (twin.open_page, twin.pass_check, twin.accept_terms):
-            await act()
-            await trio.sleep(0.5)
+EXPORT_FORMAT, EXPORT_VERSION = "lmarena_proxy sessions", 1
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_ACCOUNT = re.compile("[0-9a-f]{64}")
+# What stands in an older bridge's file until somebody fills it in: YOUR_SESSION_ID, xxxx-xxxx, <session id>.
+_PLACEHOLDER = re.compile(
+    r"your\b.*|your_.*|<.*>|[x-]+|.*placeholder.*|.*[_ ]id(_\d+)?", re.IGNORECASE | re.DOTALL
+)
+_WHERE_ACCOUNTS = "GET /api/state shows it (bridges, account) while a tab of the account is connected"
+_DIRECT_MODES = (None, "direct", "direct_chat")
+_JSON_PIECE = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/|,(?=\s*[}\]])', re.DOTALL)
+
+
+def _strip_comments(text: str) -> str:
+    """JSON with comments and trailing commas as plain JSON, every line in its place."""
+
+    def keep(match: re.Match[str]) -> str:
+        piece = match[0]
+        return piece if piece.startswith('"') else "\n" * piece.count("\n")
+
+    # Twice: a comment may stand between a trailing comma and its bracket.
+    return _JSON_PIECE.sub(keep, _JSON_PIECE.sub(keep, text))
+
+
+class StoredSession(msgspec.Struct, forbid_unknown_fields=True):
+    """A session in an export. `model` is for people: the id counts."""
+
+    session_id: Annotated[str, msgspec.Meta(pattern=rf"\A(?i:{_UUID.pattern})\Z")]
+    message_id: Annotated[str, msgspec.Meta(pattern=rf"\A(?i:{_UUID.pattern})\Z")]
+    model_id: Annotated[str, msgspec.Meta(pattern=r"\A[!-~]{1,200}\Z")]
+    account: Annotated[str, msgspec.Meta(pattern=rf"\A{_ACCOUNT.pattern}\Z")]
+    source: SessionSource
+    created_at: UnixTime
+    last_used_at: UnixTime | None
+    uses: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    model: str = ""
+
+
+_FIELD_EXPECTATIONS = {
+    "session_id": "a UUID",
+    "message_id": "a UUID",
+    "model_id": "the id of a model",
+    "account": "64 hexadecimal digits",
+    "source": f"one of {', '.join(get_args(SessionSource))}",
+    "created_at": "a time in Unix seconds",
+    "last_used_at": "a time in Unix seconds, or null",
+    "uses": "a number of uses",
+    "model": "the name of a model",
+}
+
+
+class SessionReader:
+    """Reads a file of sessions: what is in it, and, in words, what is left out. Raises ConfigError."""
+
+    def __init__(
+        self, place: str, catalog: Catalog, known: Sequence[Session], account: str, model: str
+    ) -> None:
+        """`account` and `model`: what the person says of sessions whose file does not; empty is nothing."""
+        self._place, self._catalog, self._known = place, catalog, known
+        self._account, self._model = account, model
+        self.left_out: list[str] = []
+
+    def read(self, text: str) -> list[Session]:
+        try:
+            value = json.loads(_strip_comments(text.removeprefix("\ufeff")))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("--import-sessions", self._place, f"a file of JSON ({error})") from None
+        if isinstance(value, dict) and value.get("format") == EXPORT_FORMAT:
+            return self._read_export(value)
+        if isinstance(value, dict) and isinstance(value.get("session_id"), str):
+            return self._read_config(value)
+        if isinstance(value, dict) and all(isinstance(each, dict | list) for each in value.values()):
+            return self._read_map(value)
+        wanted = "an export of this program, or LMArenaBridge's config.jsonc or model_endpoint_map.json"
+        raise ConfigError("--import-sessions", self._place, wanted)
+
+    def _wrong(self, where: str, value: object, wanted: str) -> ConfigError:
+        return ConfigError(f"{self._place}: {where}", value, wanted)
+
+    def _read_export(self, value: Mapping[str, Any]) -> list[Session]:
+        if value.get("version") != EXPORT_VERSION:
+            raise self._wrong("version", value.get("version"), f"{EXPORT_VERSION}, which this program writes")
+        if not isinstance(value.get("sessions"), list):
+            raise self._wrong("sessions", value.get("sessions"), "a list of sessions")
+        for option, given in (("--account", self._account), ("--model", self._model)):
+            if given:
+                raise ConfigError(option, given, "none: the sessions of an export have theirs")
+        return [
+            self._read_entry(f"sessions[{index}]", entry) for index, entry in enumerate(value["sessions"])
+        ]
+
+    def _read_entry(self, where: str, entry: object) -> Session:
+        try:
+            stored = msgspec.convert(entry, StoredSession)
+        except msgspec.ValidationError as error:
+            message = str(error)
+            fields = _object(entry)
+            if named := re.search(r"at `\$\.(\w+)`$", message):
+                name = named[1]
+                raise self._wrong(f"{where}.{name}", fields[name], _FIELD_EXPECTATIONS[name]) from None
+            if lacking := re.search(r"missing required field `(\w+)`", message):
+                raise self._wrong(f"{where}.{lacking[1]}", None, _FIELD_EXPECTATIONS[lacking[1]]) from None
+            raise self._wrong(where, entry, f"a session with its fields, and no others ({message})") from None
+        return Session(*(getattr(stored, name) for name in Session.__struct_fields__[:8]))
+
+    def _read_config(self, value: Mapping[str, Any]) -> list[Session]:
+        """One session: the one of LMArenaBridge's configuration."""
+        found = [*self._read_older("config.jsonc", value, value.get("id_updater_last_mode"))]
+        if not found:
+            return []
+        if not self._model:
+            raise ConfigError("--model", "", "the name of the session's model: the file does not say it")
+        return [*self._adopt("config.jsonc", self._find_model(self._model), found)]
+
+    def _read_map(self, value: Mapping[str, Any]) -> list[Session]:
+        """The sessions of models by their names."""
+        if self._model:
+            raise ConfigError("--model", self._model, "none: the file names the models")
+        sessions: list[Session] = []
+        for name, entries in value.items():
+            model = self._find_model(name)
+            for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+                where = f"{name}[{index}]" if isinstance(entries, list) else name
+                if not isinstance(entry, dict):
+                    raise self._wrong(where, entry, "an object with session_id and message_id")
+                sessions += self._adopt(where, model, self._read_older(where, entry, entry.get("mode")))
+        return sessions
+
+    def _read_older(self, where: str, entry: Mapping[str, Any], mode: object) -> Iterator[tuple[str, str]]:
+        """Session id and message id of an older bridge's entry, unless it is to be left out."""
+        names = ("session_id", "message_id")
+        ids = [entry.get(name) for name in names]
+        if blank := next((each for each in ids if self._is_blank(each)), None):
+            self.left_out.append(f"{where}: {blank!r} is a placeholder")
+            return
+        if "" in ids:
+            self.left_out.append(f"{where}: its ids are empty")
+            return
+        for name, value in zip(names, ids, strict=True):
+            if not isinstance(value, str) or not _UUID.fullmatch(value):
+                raise self._wrong(f"{where}.{name}", value, "a UUID")
+        if mode in _DIRECT_MODES:
+            yield str(ids[0]), str(ids[1])
+        else:
+            self.left_out.append(f"{where}: a session of the mode {mode!r} cannot be retried here")
+
+    def _is_blank(self, value: object) -> bool:
+        return isinstance(value, str) and _PLACEHOLDER.fullmatch(value.strip()) is not None
+
+    def _find_model(self, name: str) -> Model | str:
+        """The model of a name, or why there is none."""
+        models = self._catalog.named(name)
+        if len(models) == 1:
+            return models[0]
+        ids = " or ".join(model.id for model in models)
+        return f"{name!r} stands for two models: name one by its id, {ids}" if ids else f"no model {name!r}"
+
+    def _adopt(self, where: str, model: Model | str, pairs: Iterable[tuple[str, str]]) -> Iterator[Session]:
+        for session_id, message_id in pairs:
+            if isinstance(model, str):
+                self.left_out.append(f"{where}: {model}")
+            else:
+                ids = (session_id, message_id, model.id, self._owner())
+                yield Session(*ids, "captured", created_at=time.time())
+
+    def _owner(self) -> str:
+        """The account of sessions whose file does not say it."""
+        if self._account:
+            return self._account
+        accounts = {session.account for session in self._known}
+        if len(accounts) == 1:
+            return accounts.pop()
+        found = f"those of {len(accounts)} accounts" if accounts else "no conversations yet"
+        wanted = f"the account that opened the file's conversations: the store has {found}. {_WHERE_ACCOUNTS}"
+        raise ConfigError("--account", "", wanted)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that is its owner's alone to read: all of it, or what was there stays."""
+    # Such as /dev/fd/3: nothing may take its place.
+    is_special = path.exists() and not path.is_file()
+    written = path if is_special else path.with_name(path.name + ".new")
+    with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    if not is_special:
+        os.replace(written, path)
+
+
+def export_sessions(config: Config, directory: Path, path: str, console: Console) -> None:
+    """Write all sessions to a file, `-` being the standard output. Raises ConfigError."""
+    place = directory / config.storage.path
+    catalog = read_catalog(directory / config.models.path, ModelsConfig())
+    with hold_store(place):
+        sessions = Store(place, may_replace=False).sessions()
+    entries = []
+    for session in sessions:
+        entry = msgspec.structs.asdict(session)
+        model = catalog.get(session.model_id)
+        del entry["failures"]
+        entries.append(entry | {"model": model.name if model else ""})
+    head = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "program": VERSION}
+    exported_at = datetime.now(UTC).isoformat(timespec="seconds")
+    text = json.dumps({**head, "exported_at": exported_at, "sessions": entries}, indent=1) + "\n"
+    try:
+        if path == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        else:
+            _write_private(Path(path), text)
+    except OSError as error:
+        raise ConfigError("--export-sessions", path, f"a file that can be written ({error})") from None
+    console.say(f"{place}: {len(entries)} conversations are in {path if path != '-' else 'standard output'}")
+
+
+def import_sessions(config: Config, directory: Path, options: argparse.Namespace, console: Console) -> None:
+    """Add the sessions of a file that the store does not know, all or none. Raises ConfigError."""
+    path, account = options.import_sessions, options.account
+    if account and not _ACCOUNT.fullmatch(account):
+        raise ConfigError("--account", account, f"64 hexadecimal digits. {_WHERE_ACCOUNTS}")
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--import-sessions", path, f"a readable file of UTF-8 ({error})") from None
+    place = directory / config.storage.path
+    everything = msgspec.structs.replace(config.models, include=("*",), exclude=())
+    catalog = read_catalog(directory / config.models.path, everything)
+    name = "standard input" if path == "-" else path
+    with hold_store(place):
+        store = Store(place, may_replace=False)
+        reader = SessionReader(name, catalog, store.sessions(), account, options.model)
+        sessions = reader.read(text)
+        added = store.add_now(sessions)
+    for line in reader.left_out:
+        console.say(f"left out   {line}")
+    counts = f"{added} added, {len(sessions) - added} known already, {len(reader.left_out)} left out"
+    console.say(f"{place}: of the conversations in {name}: {counts}")
+    if unlisted := {session.model_id for session in sessions if not catalog.get(session.model_id)}:
+        console.say(
+            f"{len(unlisted)} of their models are not in {config.models.path}; the page may list them"
+        )
 
 
 def write_models(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
@@ -7409,6 +7552,153 @@ async def update_models(program: Program, path: Path) -> None:
         write_models(path, (model.entry for model in models))
     program.console.say(f"{path}: {changes} of {len(models)} models are new or changed")
     await program.stop()
+
+
+# ==========================================================================================================
+# Command line
+# ==========================================================================================================
+
+DEMO_NOTICE = "DEMO: a stand-in arena inside this process answers, not the real site"
+
+
+def find_language(environment: Mapping[str, str]) -> str:
+    """The system's language, if the program speaks it; else English."""
+    names = (environment.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    name = next(filter(None, names), "")
+    if sys.platform == "win32" and not name:
+        import ctypes
+
+        primary_language = ctypes.windll.kernel32.GetUserDefaultUILanguage() & 0x3FF
+        name = "zh" if primary_language == 0x04 else ""
+    return name[:2] if name[:2] in LANGUAGES else "en"
+
+
+def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.Namespace:
+    """Read the command line. `language`: the one of --help, unless that is chosen here, too."""
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--lang", choices=LANGUAGES, default=language)
+    translate = Translator(chosen.parse_known_args(arguments)[0].lang)
+    description = __doc__.partition("\n")[0].partition(": ")[2]
+    parser = argparse.ArgumentParser(prog="lmarena_proxy.py", description=translate(description))
+    parser.add_argument(
+        "--lang",
+        choices=LANGUAGES,
+        default=language,
+        help="the language of the console: en or zh (default: the system's)",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="PATH", help="the configuration file (default: config.toml here)"
+    )
+    parser.add_argument("--yes", action="store_true", help="answer the question before bootstrap with Enter")
+    parser.add_argument(
+        "--no-bootstrap", action="store_true", help="open conversations only when requests need them"
+    )
+    parser.add_argument(
+        "--models", nargs="+", metavar="GLOB", help="serve only these models (models.include)"
+    )
+    parser.add_argument("--host", help="where the API listens (server.host)")
+    parser.add_argument("--port", type=int, help="the API's port (server.port)")
+    parser.add_argument("--bridge-port", type=int, help="the bridge's port (bridge.port)")
+    parser.add_argument("--demo", action="store_true", help="run against a stand-in arena, without a browser")
+    parser.add_argument(
+        "--check", action="store_true", help="check configuration, models, store and ports, and exit"
+    )
+    parser.add_argument(
+        "--update-models", action="store_true", help="write the page's model list to models.json, and exit"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="forget requests older than storage.keep_days, and exit"
+    )
+    parser.add_argument(
+        "--export-sessions", metavar="PATH", help="write all conversations to a file (-: here), and exit"
+    )
+    parser.add_argument(
+        "--import-sessions",
+        metavar="PATH",
+        help="add the conversations of an export, or of LMArenaBridge's files, and exit",
+    )
+    parser.add_argument(
+        "--account", default="", metavar="HASH", help="whose conversations LMArenaBridge's files have"
+    )
+    parser.add_argument(
+        "--model", default="", metavar="NAME", help="which model the conversation in config.jsonc has"
+    )
+    parser.add_argument("--version", action="version", version=f"lmarena_proxy {VERSION}")
+    for action in parser._actions:
+        action.help = translate(action.help or "")
+    options = parser.parse_args(arguments)
+    if (options.account or options.model) and not options.import_sessions:
+        parser.error("--account and --model go with --import-sessions (--models says which models to serve)")
+    return options
+
+
+Overrides = dict[tuple[str, str], tuple[object, str]]
+
+
+def find_overrides(options: argparse.Namespace, environment: Mapping[str, str]) -> Overrides:
+    """What is laid over the file: by table and key, the value and where it comes from."""
+    overrides: Overrides = {}
+    if api_key := environment.get("LMARENA_PROXY_API_KEY"):
+        overrides["server", "api_key"] = (api_key, "environment")
+    given: dict[tuple[str, str], object] = {}
+    for name, table, key in (
+        ("host", "server", "host"),
+        ("port", "server", "port"),
+        ("bridge_port", "bridge", "port"),
+        ("models", "models", "include"),
+    ):
+        if (value := getattr(options, name)) is not None:
+            given[table, key] = value
+    if options.no_bootstrap or options.update_models:
+        given["bootstrap", "enabled"] = False
+    if options.update_models:
+        given |= {("models", "include"): ["*"], ("models", "exclude"): []}
+    if options.demo:
+        # A demo does not keep one waiting.
+        given["bootstrap", "settle_seconds"] = 3
+    return overrides | {place: (value, "command line") for place, value in given.items()}
+
+
+def find_sources(options: argparse.Namespace, environment: Mapping[str, str]) -> dict[str, str]:
+    """By key, where each value that is no default comes from: file, environment or command line."""
+    sources = {
+        f"{table}.{key}": source for (table, key), (_, source) in find_overrides(options, environment).items()
+    }
+    every = [
+        f"{table}.{key}"
+        for table, section in get_type_hints(Config).items()
+        for key in section.__struct_fields__
+    ]
+    return dict.fromkeys(every, "file") | sources
+
+
+def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tuple[Config, Path]:
+    """The configuration in force (command line over environment over file), and its paths' directory."""
+    path: Path = options.config or HERE / "config.toml"
+    if options.config and not path.exists():
+        raise ConfigError("--config", str(path), "a file that exists")
+    overrides = {place: value for place, (value, _) in find_overrides(options, environment).items()}
+    return read_config(path, overrides), path.resolve().parent
+
+
+async def run_demo(
+    program: Program, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The stand-in arena, and the userscript's twin, which also plays the person at its check and terms."""
+    from demo.arena import Arena, Switches
+    from demo.arena import serve as serve_arena
+    from demo.twin import Twin
+
+    async with trio.open_nursery() as nursery:
+        switches = Switches(check=True, latency_seconds=0.3, line_delay_seconds=0.03)
+        url = await nursery.start(serve_arena, Arena(switches=switches))
+        program.media.site_origins.add(url)
+        twin = Twin(url, program.api.bridge_url)
+        await nursery.start(twin.run)
+        task_status.started()
+        for act in (twin.open_page, twin.pass_check, twin.accept_terms):
+            await act()
+            await trio.sleep(0.5)
 
 
 async def live(config: Config, directory: Path, console: Console, options: argparse.Namespace) -> None:
@@ -7454,7 +7744,8 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # A code page without Chinese must not end the program.
     is_seen = sys.stdout is not None and sys.stdout.isatty()
-    screen = Screen(highlight=False, width=None if is_seen else 120)
+    # What is exported to the standard output has it for itself.
+    screen = Screen(highlight=False, width=None if is_seen else 120, stderr=options.export_sessions == "-")
     can_ask = sys.stdin is not None and sys.stdin.isatty()
     console = Console(screen, can_ask=can_ask, language=options.lang)
     try:
@@ -7466,6 +7757,12 @@ def main(arguments: Sequence[str]) -> int:
             return EXIT_OK
         if options.prune:
             prune(config, directory, console)
+            return EXIT_OK
+        if options.export_sessions:
+            export_sessions(config, directory, options.export_sessions, console)
+            return EXIT_OK
+        if options.import_sessions:
+            import_sessions(config, directory, options, console)
             return EXIT_OK
         log.addHandler(ConsoleHandler(screen, console.translate))
         # The stand-in's conversations have no place in the real store.

@@ -1,0 +1,418 @@
+"""What is done beside serving: conversations out and in, and the doctor's findings."""
+
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import CLAUDE, DEEPSEEK, GPT, RAY, ROOT, model_id, pick_models, write_models
+
+from lmarena_proxy import Session, Store, hold_store, main
+
+MINE, THEIRS = "a" * 64, "b" * 64
+
+
+def uuid(number: int) -> str:
+    return f"00000000-0000-7000-8000-{number:012d}"
+
+
+def a_session(number: int = 1, **fields: Any) -> Session:
+    values: dict[str, Any] = {
+        "model_id": model_id(CLAUDE),
+        "account": MINE,
+        "source": "bootstrap",
+        "created_at": float(number),
+    }
+    return Session(uuid(number), uuid(number + 1000), **values | fields)
+
+
+def run(directory: Path, *arguments: str) -> int:
+    return main(["--config", str(directory / "config.toml"), *arguments])
+
+
+def stored(directory: Path) -> list[Session]:
+    return Store(directory / "state").sessions()
+
+
+def fields(sessions: list[Session]) -> list[tuple[Any, ...]]:
+    return [tuple(getattr(each, name) for name in each.__struct_fields__[:8]) for each in sessions]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of the program's, with all models and a store of two sessions."""
+    monkeypatch.delenv("LMARENA_PROXY_API_KEY", raising=False)
+    return furnished(tmp_path / "one", [a_session(1), a_session(2, last_used_at=5.5, uses=3)])
+
+
+def furnished(directory: Path, sessions: list[Session]) -> Path:
+    write_models(directory, None)
+    (directory / "config.toml").write_text("[server]\nport = 0\n[bridge]\nport = 0\n", encoding="utf-8")
+    assert Store(directory / "state").add_now(sessions) == len(sessions)
+    return directory
+
+
+# ── Out and in again ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_exported_can_be_imported_elsewhere(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = tmp_path / "sessions.json", furnished(tmp_path / "two", [])
+    assert run(place, "--export-sessions", str(file)) == 0
+    assert "2 conversations are in" in capsys.readouterr().out
+    assert run(other, "--import-sessions", str(file)) == 0
+    assert "2 added, 0 known already, 0 left out" in capsys.readouterr().out
+    assert fields(stored(other)) == fields(stored(place))
+    assert run(other, "--import-sessions", str(file)) == 0
+    assert "0 added, 2 known already" in capsys.readouterr().out
+
+
+def test_the_export_says_what_it_is_and_is_its_owners_alone(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sessions.json"
+    assert run(place, "--export-sessions", str(file)) == 0
+    export = json.loads(file.read_text(encoding="utf-8"))
+    assert (export["format"], export["version"]) == ("lmarena_proxy sessions", 1)
+    assert export["sessions"][1] == {
+        "session_id": uuid(2),
+        "message_id": uuid(1002),
+        "model_id": model_id(CLAUDE),
+        "account": MINE,
+        "source": "bootstrap",
+        "created_at": 2.0,
+        "last_used_at": 5.5,
+        "uses": 3,
+        "model": CLAUDE,
+    }
+    if os.name == "posix":
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "sessions.json"}
+
+
+def test_a_dash_is_standard_output_and_input_and_nothing_else_is_on_it(place: Path, tmp_path: Path) -> None:
+    other = furnished(tmp_path / "two", [])
+    command = [sys.executable, str(ROOT / "lmarena_proxy.py"), "--config"]
+    out = subprocess.run(
+        [*command, str(place / "config.toml"), "--export-sessions", "-"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert len(json.loads(out.stdout)["sessions"]) == 2
+    assert "2 conversations are in standard output" in out.stderr
+    back = subprocess.run(
+        [*command, str(other / "config.toml"), "--import-sessions", "-"],
+        input=out.stdout,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "2 added" in back.stdout
+    assert len(stored(other)) == 2
+
+
+def test_a_known_session_stays_as_the_store_has_it(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sessions.json"
+    assert run(place, "--export-sessions", str(file)) == 0
+    other = furnished(tmp_path / "two", [a_session(1, uses=99)])
+    assert run(other, "--import-sessions", str(file)) == 0
+    assert [(each.session_id, each.uses) for each in stored(other)] == [(uuid(1), 99), (uuid(2), 3)]
+
+
+def test_a_session_of_a_model_that_is_not_listed_is_taken_and_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = furnished(tmp_path / "two", [a_session(7, model_id="gone-model")])
+    file = tmp_path / "sessions.json"
+    assert run(other, "--export-sessions", str(file)) == 0
+    assert run(place, "--import-sessions", str(file)) == 0
+    assert "1 of their models are not in models.json" in capsys.readouterr().out
+    assert len(stored(place)) == 3
+
+
+@pytest.mark.parametrize("option", ["--export-sessions", "--import-sessions"])
+def test_nothing_is_done_while_a_copy_of_the_program_uses_the_store(
+    option: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sessions.json"
+    if option.startswith("--import"):
+        file.write_text("{}", encoding="utf-8")
+    with hold_store(place / "state"):
+        assert run(place, option, str(file)) == 2
+    assert "no other copy of the program uses now" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_named_and_one_that_was_there_stays(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(place, "--export-sessions", str(tmp_path / "none" / "x.json")) == 2
+    assert "--export-sessions" in capsys.readouterr().out
+
+
+def test_a_damaged_store_is_neither_exported_nor_moved_aside(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = place / "state" / "lmarena_proxy.sqlite3"
+    for part in store.parent.glob("lmarena_proxy.sqlite3*"):
+        part.unlink()
+    store.write_bytes(b"x" * 5000)
+    assert run(place, "--export-sessions", str(tmp_path / "x.json")) == 2
+    assert "storage.path" in capsys.readouterr().out
+    assert store.read_bytes() == b"x" * 5000
+
+
+# ── What is wrong in an export ──────────────────────────────────────────────────────────────────────────────
+
+GOOD: dict[str, Any] = {
+    "session_id": uuid(7),
+    "message_id": uuid(8),
+    "model_id": "m",
+    "account": MINE,
+    "source": "captured",
+    "created_at": 1,
+    "last_used_at": None,
+    "uses": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"session_id": "../../x"}, "sessions[1].session_id = '../../x': expected a UUID"),
+        ({"session_id": uuid(7) + "\n"}, "sessions[1].session_id"),
+        ({"message_id": 5}, "sessions[1].message_id = 5: expected a UUID"),
+        ({"model_id": ""}, "sessions[1].model_id = '': expected the id of a model"),
+        ({"model_id": "\ud800"}, "sessions[1].model_id"),
+        ({"account": MINE.upper()}, "sessions[1].account = 'AAA"),
+        (
+            {"source": "stolen"},
+            "sessions[1].source = 'stolen': expected one of bootstrap, on_demand, captured",
+        ),
+        ({"created_at": -1}, "sessions[1].created_at = -1: expected a time in Unix seconds"),
+        ({"created_at": float("nan")}, "sessions[1].created_at"),
+        ({"last_used_at": "now"}, "sessions[1].last_used_at = 'now'"),
+        ({"uses": -1}, "sessions[1].uses = -1"),
+        ({"uses": 10**30}, "sessions[1].uses"),
+        ({"uses": True}, "sessions[1].uses = True"),
+        ({"cookie": "x"}, "unknown field `cookie`"),
+        ({"account": ...}, "sessions[1].account = None: expected 64 hexadecimal digits"),
+    ],
+)
+def test_an_entry_that_is_wrong_is_named_and_nothing_is_added(
+    change: dict[str, Any], said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {name: value for name, value in (GOOD | change).items() if value is not ...}
+    fine = GOOD | {"session_id": uuid(6)}
+    check_refused(place, tmp_path, {"version": 1, "sessions": [fine, wrong]}, said, capsys)
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ({"version": 2, "sessions": []}, "version = 2: expected 1"),
+        ({"sessions": []}, "version = None"),
+        ({"version": 1}, "sessions = None: expected a list of sessions"),
+        ({"version": 1, "sessions": ["x"]}, "sessions[0] = 'x'"),
+    ],
+)
+def test_an_export_of_another_form_is_refused(
+    rest: dict[str, Any], said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refused(place, tmp_path, rest, said, capsys)
+
+
+def check_refused(
+    place: Path, tmp_path: Path, rest: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sessions.json"
+    file.write_text(json.dumps({"format": "lmarena_proxy sessions", **rest}), encoding="utf-8")
+    before = fields(stored(place))
+    assert run(place, "--import-sessions", str(file)) == 2
+    output = capsys.readouterr().out
+    assert said in output
+    assert "sessions.json: " in output
+    assert fields(stored(place)) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "a file of JSON"),
+        (b'{"a": /* not closed }', "line 1"),
+        (b"[1, 2]", "an export of this program"),
+        (b'{"a": 1}', "an export of this program"),
+        (b"\xff\xfe{}", "UTF-8"),
+        (b"[" * 100_000, "a file of JSON"),
+    ],
+)
+def test_what_is_no_file_of_sessions_is_refused(
+    content: bytes, said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.json"
+    file.write_bytes(content)
+    assert run(place, "--import-sessions", str(file)) == 2
+    assert said in capsys.readouterr().out
+
+
+def test_a_file_that_is_not_there_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, "--import-sessions", "nowhere.json") == 2
+    assert "nowhere.json" in capsys.readouterr().out
+
+
+# ── LMArenaBridge's files ───────────────────────────────────────────────────────────────────────────────────
+
+CONFIG_JSONC = """\ufeff{
+  // the session "id"
+  "session_id": "%s", /* not "this": 1, */
+  "message_id": "%s",
+  "file_bed_upload_url": "http:\\/\\/127.0.0.1:5180/upload", // "a": 2
+  "note": "no // comment, and no /* one */ either,]",
+  "id_updater_last_mode": "%s", // the last one,
+}
+"""
+
+
+def test_the_older_bridge_s_configuration_has_one_session_without_a_model(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.jsonc"
+    file.write_text(CONFIG_JSONC % (uuid(7), uuid(8), "direct_chat"), encoding="utf-8")
+    assert run(place, "--import-sessions", str(file)) == 2
+    assert "--model" in capsys.readouterr().out
+    assert run(place, "--import-sessions", str(file), "--model", DEEPSEEK) == 0
+    assert "1 added" in capsys.readouterr().out
+    [session] = [each for each in stored(place) if each.session_id == uuid(7)]
+    assert (session.message_id, session.model_id) == (uuid(8), model_id(DEEPSEEK))
+    assert (session.account, session.source, session.uses) == (MINE, "captured", 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (("YOUR_SESSION_ID", "YOUR_MESSAGE_ID", "direct_chat"), "'YOUR_SESSION_ID' is a placeholder"),
+        ((uuid(1), "your message id here", "direct_chat"), "is a placeholder"),
+        ((uuid(1), "xxxxxxxx-xxxx-xxxx", "direct_chat"), "is a placeholder"),
+        (("", "", "direct_chat"), "its ids are empty"),
+        ((uuid(7), uuid(8), "battle"), "of the mode 'battle' cannot be retried here"),
+    ],
+)
+def test_what_cannot_be_a_session_is_left_out_with_a_word(
+    values: tuple[str, str, str], said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.jsonc"
+    file.write_text(CONFIG_JSONC % values, encoding="utf-8")
+    assert run(place, "--import-sessions", str(file), "--model", DEEPSEEK) == 0
+    output = capsys.readouterr().out
+    assert said in output
+    assert "0 added, 0 known already, 1 left out" in output
+    assert len(stored(place)) == 2
+
+
+def pair(number: int, **rest: str) -> dict[str, str]:
+    return {"session_id": uuid(number), "message_id": uuid(number + 1), **rest}
+
+
+def test_the_older_bridge_s_map_has_sessions_by_the_names_of_models(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = {
+        CLAUDE: pair(10),
+        DEEPSEEK: [pair(20), pair(30, mode="direct_chat"), pair(40, mode="battle", battle_target="A")],
+        model_id(GPT): pair(50),
+        "no-such-model": [pair(60), pair(70)],
+        RAY: pair(80),
+        "gpt-5-mini": {"session_id": "YOUR_SESSION_ID", "message_id": "YOUR_MESSAGE_ID"},
+    }
+    file = tmp_path / "model_endpoint_map.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    assert run(place, "--import-sessions", str(file), "--account", THEIRS) == 0
+    output = capsys.readouterr().out
+    assert "4 added, 0 known already, 5 left out" in output
+    assert output.count("no model 'no-such-model'") == 2
+    assert f"{DEEPSEEK}[2]: a session of the mode 'battle'" in output
+    for entry in pick_models([RAY]):
+        assert entry["id"] in output  # Two models have this name.
+    added = {each.session_id: each.model_id for each in stored(place) if each.account == THEIRS}
+    assert added == {
+        uuid(10): model_id(CLAUDE),
+        uuid(20): model_id(DEEPSEEK),
+        uuid(30): model_id(DEEPSEEK),
+        uuid(50): model_id(GPT),
+    }
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({CLAUDE: [pair(10), {"session_id": uuid(1)}]}, f"{CLAUDE}[1].message_id = None: expected a UUID"),
+        ({CLAUDE: pair(10) | {"session_id": "../x"}}, f"{CLAUDE}.session_id = '../x': expected a UUID"),
+        ({CLAUDE: [[]]}, f"{CLAUDE}[0] = []: expected an object"),
+    ],
+)
+def test_a_wrong_entry_of_the_map_is_named_and_nothing_is_added(
+    entries: dict[str, Any], said: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model_endpoint_map.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    assert run(place, "--import-sessions", str(file)) == 2
+    assert said in capsys.readouterr().out
+    assert len(stored(place)) == 2
+
+
+@pytest.mark.parametrize(
+    ("accounts", "arguments", "code", "said"),
+    [
+        ([MINE, MINE], [], 0, "1 added"),
+        ([], [], 2, "the store has no conversations yet. GET /api/state shows it"),
+        ([MINE, THEIRS], [], 2, "the store has those of 2 accounts. GET /api/state"),
+        ([MINE, THEIRS], ["--account", THEIRS], 0, "1 added"),
+        ([MINE], ["--account", "me"], 2, "--account = 'me': expected 64 hexadecimal digits"),
+    ],
+)
+def test_whose_an_older_bridge_s_sessions_are_is_said_or_plain(
+    accounts: list[str],
+    arguments: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sessions = [a_session(number, account=account) for number, account in enumerate(accounts, 100)]
+    place = furnished(tmp_path / "three", sessions)
+    file = tmp_path / "model_endpoint_map.json"
+    file.write_text(json.dumps({CLAUDE: pair(10)}), encoding="utf-8")
+    assert run(place, "--import-sessions", str(file), *arguments) == code
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "value"), [("--account", THEIRS), ("--model", CLAUDE)])
+def test_an_option_that_the_file_has_no_use_for_is_refused(
+    option: str, value: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sessions.json"
+    assert run(place, "--export-sessions", str(file)) == 0
+    assert run(place, "--import-sessions", str(file), option, value) == 2
+    assert option in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(place, option, value)
+
+
+def test_an_empty_map_is_nothing_to_add(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Input:
+        buffer = io.BytesIO(b"{}")
+
+        def isatty(self) -> bool:
+            return False
+
+    monkeypatch.setattr(sys, "stdin", Input())
+    assert run(place, "--import-sessions", "-") == 0
+    assert "0 added, 0 known already, 0 left out" in capsys.readouterr().out
