@@ -497,7 +497,9 @@ class Catalog:
         self._config = config or ModelsConfig()
         self._by_id: dict[str, Model] = {}
         self._by_name: dict[str, list[Model]] = {}
-        self.merge(models)
+        self._built_in = {model.id: model for model in self.merge(models)}
+        # When the page listed its models, how many, and in how many that differs from the built-in list.
+        self.page: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._by_id.values())
@@ -526,6 +528,19 @@ class Catalog:
         for model in self._by_id.values():
             self._by_name.setdefault(model.name, []).append(model)
         return changed
+
+    def note_page(self, models: Iterable[Model]) -> None:
+        """Remember what a page lists. An empty list says nothing."""
+        listed = {model.id: model for model in models if self._is_wanted(model)}
+        if listed:
+            known = [model for id_, model in listed.items() if id_ in self._built_in]
+            self.page = {
+                "listed_at": time.time(),
+                "count": len(listed),
+                "new": len(listed) - len(known),
+                "changed": sum(self._built_in[model.id] != model for model in known),
+                "gone": len(self._built_in) - len(known),
+            }
 
     def get(self, model_id: str) -> Model | None:
         return self._by_id.get(model_id)
@@ -3131,6 +3146,10 @@ class SessionPool:
         fresh = pool.usable(self._accounts) - len(self._stale(pool, self._accounts))
         return max(0, self._config.sessions_per_model - fresh)
 
+    def missing_in_all(self) -> int:
+        """How many sessions bootstrap has to open; models that work on an image open theirs on demand."""
+        return sum(self.missing(pool.model) for pool in self if not pool.model.requires_image)
+
     async def acquire(self, lease: Lease) -> None:
         """Wait for a token, first come first served."""
         pool = self.of(lease.model.id)
@@ -4108,6 +4127,7 @@ class BridgeListener:
             except ValueError as error:
                 log.warning("The page's model list has an entry that is no model: %s", error)
         changed = self._pool.merge_models(models)
+        self._pool.catalog.note_page(models)
         self._bus.publish(ModelsListed(len(models), len(changed)))
 
     async def _capture(self, frame: Captured) -> None:
@@ -6793,6 +6813,8 @@ class ControlPanel:
             "bridges": self._bridges.snapshot(),
             "gates": self._bridges.describe_gates(),
             "bootstrap": self._bootstrap.snapshot(),
+            "missing": self._pool.missing_in_all(),
+            "page_models": self._pool.catalog.page,
             "pool": self._pool.snapshot(),
             "sessions": self._pool.describe_sessions(),
             "requests": {
@@ -7059,7 +7081,7 @@ class Api:
 # The nursery of everything: the bridge's listener, the API, bootstrap's supervisor, the signals. Around it a
 # second one, so that the store's writer outlives all that writes.
 
-EXIT_OK, EXIT_CANNOT_START, EXIT_FORCED = 0, 2, 130
+EXIT_OK, EXIT_NEEDS_PERSON, EXIT_CANNOT_START, EXIT_FORCED = 0, 1, 2, 130
 PRUNE_INTERVAL_SECONDS = 6 * 3600
 
 
@@ -7246,28 +7268,260 @@ def look_at_store(directory: Path) -> tuple[Path, int]:
             raise ConfigError("storage.path", str(path), f"a store that can be used ({error})") from None
 
 
+def look_at_files(config: Config, directory: Path) -> Iterator[tuple[str, str]]:
+    """What configuration, models and store are like. Raises ConfigError for the first thing wrong."""
+    yield "configuration", f"{directory}: every key is known and in range"
+    catalog = read_catalog(directory / config.models.path, config.models)
+    yield "models", f"{len(catalog)} of {config.models.path} are served"
+    for alias in catalog.dangling_aliases():
+        yield "alias", f"{alias} stands for {config.models.aliases[alias]}, which is none of them"
+    path, sessions = look_at_store(directory / config.storage.path)
+    yield "store", f"{path} holds {sessions} conversations"
+
+
+def try_port(key: str, host: str, port: int) -> tuple[str, str]:
+    """Listen there for a moment. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigError(key, port, f"a port that can be listened at ({error.strerror})") from None
+    return key, f"{host}:{port} is free"
+
+
 def check(config: Config, directory: Path, console: Console) -> None:
     """Try what a start needs, and say what was found. Raises ConfigError for the first thing wrong."""
-    console.say(f"configuration  {directory}: every key is known and in range")
-    catalog = read_catalog(directory / config.models.path, config.models)
-    console.say(f"models         {len(catalog)} of {config.models.path} are served")
-    for alias in catalog.dangling_aliases():
-        console.say(
-            f"alias          {alias} stands for {config.models.aliases[alias]}, which is none of them"
+    for what, text in look_at_files(config, directory):
+        console.say(f"{what:<14} {text}")
+    for key, at in (("server.port", config.server), ("bridge.port", config.bridge)):
+        what, text = try_port(key, at.host, at.port)
+        console.say(f"{what:<14} {text}")
+
+
+# The doctor looks at what a start needs and at the browser's side: at what a running copy of the program says
+# of it or, when none runs, by listening for a tab itself. It sends nothing to the site, and opens nothing.
+
+Verdict = Literal["fine", "look", "needs you"]
+# As a sign, and by a style.
+_VERDICTS: dict[Verdict, tuple[str, str]] = {
+    "fine": ("\N{CHECK MARK}", "green"),
+    "look": ("!", "yellow"),
+    "needs you": ("\N{BALLOT X}", "red"),
+}
+# How long the list of models may take after a tab has said how it is.
+PAGE_LIST_SECONDS = 3
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that the doctor found."""
+
+    verdict: Verdict
+    what: str
+    text: str
+
+    def show(self, console: Console) -> None:
+        sign, style = _VERDICTS[self.verdict]
+        console.say(f"{sign} {self.verdict:<10} {self.what:<14} {self.text}", style)
+
+
+def _tell_age(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} seconds"
+
+
+def examine_tabs(state: FeedDocument) -> Iterator[Finding]:
+    """Whether a tab is connected, runs our script, is ready, and whose it is."""
+    bridges, version = state["bridges"], state["version"]
+    for reason in state.get("refused", []):
+        yield Finding("needs you", "refused", f"a connection at the bridge's port: {reason}")
+    if not bridges:
+        install = "The script is installed from /bridge.user.js while the program runs."
+        yield Finding("needs you", "tab", f"{MISSING.advice} {install}")
+        return
+    urls = ", ".join(bridge.get("url") or "a page" for bridge in bridges)
+    yield Finding("fine", "tab", f"{len(bridges)} connected: {urls}")
+    for bridge in bridges:
+        if bridge["script"] == version:
+            yield Finding("fine", "script", f"{version}, as the program")
+        else:
+            text = (
+                f"{bridge['script']}, but the program is {version}: open /bridge.user.js while it runs, "
+                "let the manager install it, and reload the tab"
+            )
+            yield Finding("needs you", "script", text)
+    person = state.get("person")
+    if person:
+        yield Finding("needs you", "page", person["advice"])
+    else:
+        yield Finding("fine", "page", "ready: neither check nor sign-in is due")
+    accounts = sorted({bridge["account"] for bridge in bridges if bridge["account"]})
+    if accounts:
+        yield Finding("fine", "account", ", ".join(accounts))
+    else:
+        yield Finding("look", "account", "not known until the page is signed in")
+
+
+def examine_models(state: FeedDocument, path: Path) -> Finding:
+    """How old models.json is, and whether the page lists something else."""
+    try:
+        file = f"{path.name} is {_tell_age(time.time() - path.stat().st_mtime)} old"
+    except OSError as error:
+        file = f"{path.name} cannot be read ({error.strerror})"
+    page = state.get("page_models")
+    if not page:
+        return Finding("look", "model list", f"no page has sent one yet; {file}")
+    listed = f"the page listed {page['count']} models {_tell_age(time.time() - page['listed_at'])} ago"
+    if not page["new"] + page["changed"] + page["gone"]:
+        return Finding("fine", "model list", f"{listed}; {file} and has the same")
+    counts = f"{page['new']} new, {page['changed']} changed, {page['gone']} not listed any more"
+    return Finding("look", "model list", f"{listed}; {file} and differs: {counts} (--update-models)")
+
+
+def examine_sessions(state: FeedDocument, stored: int) -> Finding:
+    """How many conversations a start would open."""
+    if state.get("person") or not state["bridges"]:
+        text = f"{stored} are in the store; how many are missing is known when the tab is ready"
+        return Finding("look", "conversations", text)
+    if missing := state.get("missing", 0):
+        return Finding(
+            "look", "conversations", f"{missing} would be opened at the start's question, or on demand"
         )
-    path, sessions = look_at_store(directory / config.storage.path)
-    console.say(f"store          {path} holds {sessions} conversations")
-    for key, host, port in (
-        ("server.port", config.server.host, config.server.port),
-        ("bridge.port", config.bridge.host, config.bridge.port),
-    ):
+    return Finding("fine", "conversations", "every model has those that it should")
+
+
+def examine_limits(state: FeedDocument) -> Iterator[Finding]:
+    """Whether the site limits an account, as far as the copy that runs has met it."""
+    for gate in state.get("gates", []):
+        pause = f"paused for {gate['seconds']} s more" if gate["seconds"] else "going on"
+        pace = f", at {gate['pace']} requests a second" if gate["pace"] else ""
+        yield Finding("look", "rate limit", f"the site limits {gate['account'][:8]}: {pause}{pace}")
+    if not state.get("gates"):
+        text = "nothing is held back" if state.get("is_running") else "not known: nothing was sent"
+        yield Finding("fine", "rate limit", text)
+
+
+def ask_running(config: Config) -> FeedDocument | None:
+    """The state of the copy of the program at the API's port; None when something else is there.
+
+    Raises ConfigError for a copy with another key.
+    """
+    server = config.server
+    url = f"http://{_reachable(server.host)}:{server.port}/api/state"
+    headers = {"authorization": f"Bearer {server.api_key}"}
+    try:
+        document = _object(httpx.get(url, headers=headers, timeout=5, trust_env=False).json())
+    except (httpx.HTTPError, ValueError):
+        return None
+    if _object(document.get("error")).get("code") == "invalid_api_key":
+        wanted = f"the key of the copy of the program that runs at port {server.port}"
+        raise ConfigError("server.api_key", "set" if server.api_key else "", wanted)
+    is_ours = {"version", "bridges", "bootstrap", "pool"} <= document.keys()
+    return document | {"is_running": True} if is_ours else None
+
+
+def _say_wait(console: Console, seconds: float) -> None:
+    console.say(
+        f"Waiting for an LMArena tab, up to {seconds:g} s (Ctrl-C ends the wait): open https://lmarena.ai"
+    )
+
+
+def watch_running(config: Config, state: FeedDocument, seconds: float, console: Console) -> FeedDocument:
+    """The running copy's state, once it has a tab that is loaded, or the time is over."""
+
+    def lacks_tab() -> bool:
+        return _object(state.get("person")).get("state") in ("missing", "loading")
+
+    ends_at = time.monotonic() + seconds
+    if lacks_tab():
+        _say_wait(console, seconds)
+    try:
+        while lacks_tab() and time.monotonic() < ends_at:
+            time.sleep(min(0.5, seconds))
+            state = ask_running(config) or state
+    except KeyboardInterrupt:
+        console.say("The wait was ended.")
+    return state
+
+
+async def _end_at_signal(
+    wait: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for _ in signals:
+            wait.cancel()
+
+
+async def listen_for_tab(config: Config, directory: Path, seconds: float, console: Console) -> FeedDocument:
+    """The state of a program that listens for tabs, and does nothing else, once it has one that is loaded."""
+    program, refused, listed = Program(config, directory, console), deque[str](maxlen=3), trio.Event()
+
+    def note(event: Event) -> None:
+        if isinstance(event, BridgeRefused):
+            refused.append(event.reason)
+        elif isinstance(event, ModelsListed) and event.count:
+            listed.set()
+
+    program.bus.subscribe(note)
+    async with trio.open_nursery() as outer:
+        await outer.start(program.store.run)
         try:
-            socket.create_server(
-                (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-            ).close()
-        except OSError as error:
-            raise ConfigError(key, port, f"a port that can be listened at ({error.strerror})") from None
-        console.say(f"{key:<14} {host}:{port} is free")
+            async with trio.open_nursery() as nursery:
+                await _listen(nursery, "bridge.port", config.bridge.port, program.listener.serve)
+                with trio.move_on_after(seconds) as wait:
+                    await nursery.start(_end_at_signal, wait)
+                    _say_wait(console, seconds)
+                    while program.bridges.obstacle() in (MISSING, OBSTACLES["loading"]):
+                        await program.bridges.wait_changed()
+                    with trio.move_on_after(PAGE_LIST_SECONDS):
+                        await listed.wait()
+                state = program.panel.describe()
+                nursery.cancel_scope.cancel()
+        finally:
+            program.store.close()
+    return state | {"refused": [*refused]}
+
+
+def find_out(config: Config, directory: Path, seconds: float, console: Console) -> Iterator[Finding]:
+    """All findings, as they come. Raises ConfigError for a start that cannot be."""
+    server, bridge = config.server, config.bridge
+    try:
+        ports = [try_port("server.port", server.host, server.port)]
+        state = None
+    except ConfigError:
+        state = ask_running(config)
+        if state is None:
+            raise
+        ports = [("server.port", f"a copy of the program runs here, version {state['version']}")]
+    if state is None:
+        ports.append(try_port("bridge.port", bridge.host, bridge.port))
+        for what, text in look_at_files(config, directory):
+            yield Finding("look" if what == "alias" else "fine", what, text)
+    yield from (Finding("fine", what, text) for what, text in ports)
+    if state is None:
+        with hold_store(directory / config.storage.path):
+            state = trio.run(listen_for_tab, config, directory, seconds, console)
+    else:
+        state = watch_running(config, state, seconds, console)
+    yield from examine_tabs(state)
+    yield examine_models(state, directory / config.models.path)
+    yield examine_sessions(state, sum(pool["sessions"] for pool in state["pool"]))
+    yield from examine_limits(state)
+    if _object(state["bootstrap"]).get("phase") == "confirm":
+        yield Finding(
+            "needs you", "question", f"{PROMPT}: press Enter at the console, or the dashboard's button"
+        )
+
+
+def examine(config: Config, directory: Path, seconds: float, console: Console) -> int:
+    """The doctor: a line for each finding. Returns the exit code."""
+    verdicts = set()
+    for finding in find_out(config, directory, seconds, console):
+        finding.show(console)
+        verdicts.add(finding.verdict)
+    return EXIT_NEEDS_PERSON if "needs you" in verdicts else EXIT_OK
 
 
 # Sessions leave and enter as JSON: an object of `format`, `version` and `sessions`. LMArenaBridge's files are
@@ -7573,6 +7827,41 @@ def find_language(environment: Mapping[str, str]) -> str:
     return name[:2] if name[:2] in LANGUAGES else "en"
 
 
+def _add_chores(parser: argparse.ArgumentParser) -> None:
+    """What is done instead of serving."""
+    parser.add_argument(
+        "--check", action="store_true", help="check configuration, models, store and ports, and exit"
+    )
+    parser.add_argument(
+        "--doctor",
+        nargs="?",
+        type=float,
+        const=60.0,
+        metavar="SECONDS",
+        help="the same, and wait up to so long (60) for a tab to look at it, too; sends nothing to the site",
+    )
+    parser.add_argument(
+        "--update-models", action="store_true", help="write the page's model list to models.json, and exit"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="forget requests older than storage.keep_days, and exit"
+    )
+    parser.add_argument(
+        "--export-sessions", metavar="PATH", help="write all conversations to a file (-: here), and exit"
+    )
+    parser.add_argument(
+        "--import-sessions",
+        metavar="PATH",
+        help="add the conversations of an export, or of LMArenaBridge's files, and exit",
+    )
+    parser.add_argument(
+        "--account", default="", metavar="HASH", help="whose conversations LMArenaBridge's files have"
+    )
+    parser.add_argument(
+        "--model", default="", metavar="NAME", help="which model the conversation in config.jsonc has"
+    )
+
+
 def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.Namespace:
     """Read the command line. `language`: the one of --help, unless that is chosen here, too."""
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -7600,33 +7889,13 @@ def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.
     parser.add_argument("--port", type=int, help="the API's port (server.port)")
     parser.add_argument("--bridge-port", type=int, help="the bridge's port (bridge.port)")
     parser.add_argument("--demo", action="store_true", help="run against a stand-in arena, without a browser")
-    parser.add_argument(
-        "--check", action="store_true", help="check configuration, models, store and ports, and exit"
-    )
-    parser.add_argument(
-        "--update-models", action="store_true", help="write the page's model list to models.json, and exit"
-    )
-    parser.add_argument(
-        "--prune", action="store_true", help="forget requests older than storage.keep_days, and exit"
-    )
-    parser.add_argument(
-        "--export-sessions", metavar="PATH", help="write all conversations to a file (-: here), and exit"
-    )
-    parser.add_argument(
-        "--import-sessions",
-        metavar="PATH",
-        help="add the conversations of an export, or of LMArenaBridge's files, and exit",
-    )
-    parser.add_argument(
-        "--account", default="", metavar="HASH", help="whose conversations LMArenaBridge's files have"
-    )
-    parser.add_argument(
-        "--model", default="", metavar="NAME", help="which model the conversation in config.jsonc has"
-    )
+    _add_chores(parser)
     parser.add_argument("--version", action="version", version=f"lmarena_proxy {VERSION}")
     for action in parser._actions:
         action.help = translate(action.help or "")
     options = parser.parse_args(arguments)
+    if options.doctor is not None and not 0 <= options.doctor <= 86_400:
+        parser.error("--doctor waits for 0 to 86400 seconds")
     if (options.account or options.model) and not options.import_sessions:
         parser.error("--account and --model go with --import-sessions (--models says which models to serve)")
     return options
@@ -7755,6 +8024,8 @@ def main(arguments: Sequence[str]) -> int:
         if options.check:
             check(config, directory, console)
             return EXIT_OK
+        if options.doctor is not None:
+            return examine(config, directory, options.doctor, console)
         if options.prune:
             prune(config, directory, console)
             return EXIT_OK
@@ -7778,7 +8049,8 @@ def main(arguments: Sequence[str]) -> int:
         if not all(isinstance(cause, ConfigError) for cause in causes):
             raise
         for cause in causes:
-            console.say(f"Cannot start: {cause}", "red")
+            sign = _VERDICTS["needs you"][0] + " " if options.doctor is not None else ""
+            console.say(f"{sign}Cannot start: {cause}", "red")
         return EXIT_CANNOT_START
     except KeyboardInterrupt:
         return EXIT_FORCED

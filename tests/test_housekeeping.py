@@ -3,15 +3,36 @@
 import io
 import json
 import os
+import re
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import CLAUDE, DEEPSEEK, GPT, RAY, ROOT, model_id, pick_models, write_models
+import trio
+from harness import (
+    CLAUDE,
+    DEEPSEEK,
+    GPT,
+    RAY,
+    ROOT,
+    Tables,
+    Terminal,
+    model_id,
+    pick_models,
+    start,
+    until,
+    write_config,
+    write_models,
+)
 
+from demo.arena import Arena, Switches
+from demo.arena import serve as serve_arena
+from demo.twin import Twin
 from lmarena_proxy import Session, Store, hold_store, main
 
 MINE, THEIRS = "a" * 64, "b" * 64
@@ -416,3 +437,206 @@ def test_an_empty_map_is_nothing_to_add(
     monkeypatch.setattr(sys, "stdin", Input())
     assert run(place, "--import-sessions", "-") == 0
     assert "0 added, 0 known already, 0 left out" in capsys.readouterr().out
+
+
+# ── The doctor ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def ask_doctor(directory: Path, tables: Tables, seconds: float, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of `--doctor`, as a process of its own."""
+    config = write_config(directory, tables)
+    command = [sys.executable, str(ROOT / "lmarena_proxy.py"), "--config", str(config)]
+    with trio.fail_after(90):
+        done = await trio.run_process(
+            [*command, "--doctor", str(seconds), *arguments],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env={**os.environ, "COLUMNS": "200"},
+        )
+    output = done.stdout.decode()
+    assert done.stderr == b"", done.stderr
+    assert done.returncode in (0, 1, 2), output
+    return done.returncode, output
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port: int = listening.getsockname()[1]
+        return port
+
+
+def findings(output: str) -> dict[str, tuple[str, str]]:
+    """By what it is about: verdict and text of each finding's line."""
+    found = {}
+    for line in output.splitlines():
+        if match := re.fullmatch(r"([✓!✗]) (fine|look|needs you) +(\S+(?: \S+)?)  *(.*)", line):
+            sign, verdict, what, text = match.groups()
+            assert sign == {"fine": "✓", "look": "!", "needs you": "✗"}[verdict]
+            found[what] = (verdict, text)
+    return found
+
+
+class Patient:
+    """The stand-in arena, and a tab that looks for the doctor."""
+
+    def __init__(self, nursery: trio.Nursery, directory: Path) -> None:
+        self.nursery, self.directory, self.port = nursery, directory, free_port()
+        self.tables: Tables = {"server": {"port": 0}, "bridge": {"port": self.port}}
+
+    async def open_tab(self, switches: Switches | None = None, *, names: Sequence[str] = (CLAUDE,)) -> Twin:
+        self.arena = Arena(pick_models(names), switches)
+        url = await self.nursery.start(serve_arena, self.arena)
+        twin = Twin(url, f"ws://127.0.0.1:{self.port}/", backoff_seconds=(0.1, 0.3))
+        self.nursery.start_soon(twin.run)
+        return twin
+
+    async def ask(self, seconds: float = 60) -> tuple[int, dict[str, tuple[str, str]]]:
+        code, output = await ask_doctor(self.directory, self.tables, seconds)
+        return code, findings(output)
+
+
+@pytest.fixture
+def patient(nursery: trio.Nursery, tmp_path: Path) -> Patient:
+    write_models(tmp_path, (CLAUDE, DEEPSEEK))
+    return Patient(nursery, tmp_path)
+
+
+async def test_when_all_is_well_the_doctor_says_so_and_returns_zero(patient: Patient) -> None:
+    write_models(patient.directory, (CLAUDE,))
+    twin = await patient.open_tab()
+    await until(lambda: twin.state == "sign_in")
+    await twin.accept_terms()
+    code, found = await patient.ask()
+    assert {what: verdict for what, (verdict, _) in found.items() if verdict != "fine"} == {
+        "conversations": "look"
+    }
+    assert code == 0
+    assert found["tab"][1].startswith("1 connected: https://lmarena.ai")
+    assert found["script"][1] == "1.0.0, as the program"
+    assert found["account"][1] == twin.account
+    assert "and has the same" in found["model list"][1]
+    assert found["conversations"][1].startswith("4 would be opened")
+    assert patient.arena.record == []  # Nothing was sent to the site.
+
+
+async def test_without_a_tab_the_doctor_says_what_to_do_and_returns_one(patient: Patient) -> None:
+    code, output = await ask_doctor(patient.directory, patient.tables, 0.3)
+    found = findings(output)
+    assert code == 1
+    assert "Waiting for an LMArena tab, up to 0.3 s (Ctrl-C ends the wait)" in output
+    verdict, text = found["tab"]
+    assert verdict == "needs you"
+    assert "/bridge.user.js" in text
+    assert {"configuration", "models", "store", "server.port", "bridge.port"} <= found.keys()
+    assert "no page has sent one yet; models.json is" in found["model list"][1]
+
+
+@pytest.mark.parametrize(
+    ("switches", "said"), [(Switches(check=True), "human check"), (Switches(), "wants a sign-in")]
+)
+async def test_what_the_person_must_do_is_told(switches: Switches, said: str, patient: Patient) -> None:
+    await patient.open_tab(switches)
+    code, found = await patient.ask()
+    assert code == 1
+    assert found["page"][0] == "needs you"
+    assert said in found["page"][1]
+    assert found["account"][0] == "look"
+    assert "known when the tab is ready" in found["conversations"][1]
+
+
+async def test_another_script_and_another_model_list_are_told(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("demo.twin.SCRIPT_VERSION", "0.9.0")
+    twin = await patient.open_tab(names=(CLAUDE, GPT))
+    await until(lambda: twin.state == "sign_in")
+    await twin.accept_terms()
+    code, found = await patient.ask()
+    assert code == 1
+    verdict, text = found["script"]
+    assert verdict == "needs you"
+    assert text.startswith("0.9.0, but the program is 1.0.0: open /bridge.user.js")
+    verdict, text = found["model list"]
+    assert verdict == "look"
+    assert "1 new, 0 changed, 1 not listed any more" in text
+
+
+async def test_a_connection_that_is_refused_is_told(patient: Patient) -> None:
+    twin = await patient.open_tab()
+    twin.origin = "https://elsewhere.example"
+    code, found = await patient.ask(1.5)
+    assert code == 1
+    assert "origin https://elsewhere.example is not in allowed_origins" in found["refused"][1]
+
+
+async def test_ctrl_c_ends_the_wait_and_the_findings_follow(patient: Patient) -> None:
+    config = write_config(patient.directory, patient.tables)
+    with Terminal(patient.directory, "--config", str(config), "--doctor", "600") as terminal:
+        await terminal.shows("Ctrl-C ends the wait")
+        terminal.press("ctrl-c")
+        assert await terminal.exit_code() == 1
+        assert "No LMArena tab is connected" in terminal.output
+        assert "Traceback" not in terminal.output
+
+
+async def test_a_copy_that_runs_is_asked(nursery: trio.Nursery, tmp_path: Path) -> None:
+    rig = await start(
+        nursery, tmp_path, models=(CLAUDE,), tables={"server": {"api_key": "secret"}}, connected=False
+    )
+    rig.http.headers["authorization"] = "Bearer secret"
+    port = int(rig.url.rpartition(":")[2])
+    tables: dict[str, dict[str, Any]] = {"server": {"port": port, "api_key": "secret"}}
+    code, output = await ask_doctor(tmp_path, tables, 0.3)
+    assert (code, findings(output)["tab"][0]) == (1, "needs you")
+
+    await rig.connect()
+    await until(lambda: rig.program.pool.catalog.page)
+    code, output = await ask_doctor(tmp_path, tables, 30)
+    found = findings(output)
+    assert code == 0
+    assert "a copy of the program runs here, version 1.0.0" in found["server.port"][1]
+    assert "Waiting for" not in output
+    assert found["rate limit"] == ("fine", "nothing is held back")
+    assert found["conversations"][1].startswith("4 would be opened")
+    assert rig.calls == []
+
+    await rig.fill()
+    [account] = rig.program.bridges.accounts()
+    rig.program.bridges.gate(account).refuse(40)
+    code, output = await ask_doctor(tmp_path, tables, 30)
+    assert code == 0
+    assert findings(output)["conversations"] == ("fine", "every model has those that it should")
+    verdict, text = findings(output)["rate limit"]
+    assert verdict == "look"
+    assert re.match(rf"the site limits {account[:8]}: paused for \d+ s more", text)
+
+    tables["server"]["api_key"] = "wrong"
+    code, output = await ask_doctor(tmp_path, tables, 0.3)
+    assert code == 2
+    assert "✗ Cannot start: server.api_key = 'set': expected the key of the copy" in output
+    assert "wrong" not in output
+
+
+async def test_another_program_at_the_port_is_a_start_that_cannot_be(patient: Patient) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        other.settimeout(0)
+        port = other.getsockname()[1]
+        patient.tables = {"server": {"port": 0}, "bridge": {"port": port}}
+        code, output = await ask_doctor(patient.directory, patient.tables, 0.3)
+    assert code == 2
+    assert f"✗ Cannot start: bridge.port = {port}" in output
+
+
+async def test_a_store_that_a_copy_elsewhere_holds_is_a_start_that_cannot_be(patient: Patient) -> None:
+    with hold_store(patient.directory / "state"):
+        code, output = await ask_doctor(patient.directory, patient.tables, 0.3)
+    assert code == 2
+    assert "no other copy of the program uses now" in output
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "soon"])
+def test_the_doctor_waits_for_a_number_of_seconds(seconds: str, place: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(place, f"--doctor={seconds}")
+    assert ended.value.code == 2
