@@ -7337,7 +7337,8 @@ def examine_tabs(state: FeedDocument) -> Iterator[Finding]:
     for reason in state.get("refused", []):
         yield Finding("needs you", "refused", f"a connection at the bridge's port: {reason}")
     if not bridges:
-        install = "The script is installed from /bridge.user.js while the program runs."
+        address = state["urls"]["userscript"]
+        install = f"While the program runs, {address} installs the script."
         yield Finding("needs you", "tab", f"{MISSING.advice} {install}")
         return
     urls = ", ".join(bridge.get("url") or "a page" for bridge in bridges)
@@ -7347,8 +7348,8 @@ def examine_tabs(state: FeedDocument) -> Iterator[Finding]:
             yield Finding("fine", "script", f"{version}, as the program")
         else:
             text = (
-                f"{bridge['script']}, but the program is {version}: open /bridge.user.js while it runs, "
-                "let the manager install it, and reload the tab"
+                f"{bridge['script']}, but the program is {version}: while that runs, open "
+                f"{state['urls']['userscript']}, let the manager install it, and reload the tab"
             )
             yield Finding("needs you", "script", text)
     person = state.get("person")
@@ -7398,8 +7399,10 @@ def examine_limits(state: FeedDocument) -> Iterator[Finding]:
         pace = f", at {gate['pace']} requests a second" if gate["pace"] else ""
         yield Finding("look", "rate limit", f"the site limits {gate['account'][:8]}: {pause}{pace}")
     if not state.get("gates"):
-        text = "nothing is held back" if state.get("is_running") else "not known: nothing was sent"
-        yield Finding("fine", "rate limit", text)
+        if state.get("is_running"):
+            yield Finding("fine", "rate limit", "nothing is held back")
+        else:
+            yield Finding("look", "rate limit", "not known, as nothing was sent")
 
 
 def ask_running(config: Config) -> FeedDocument | None:
@@ -7481,7 +7484,8 @@ async def listen_for_tab(config: Config, directory: Path, seconds: float, consol
                 nursery.cancel_scope.cancel()
         finally:
             program.store.close()
-    return state | {"refused": [*refused]}
+    userscript = f"http://{_reachable(config.server.host)}:{config.server.port}/bridge.user.js"
+    return state | {"refused": [*refused], "urls": {"userscript": userscript}}
 
 
 def find_out(config: Config, directory: Path, seconds: float, console: Console) -> Iterator[Finding]:

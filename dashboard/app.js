@@ -6,7 +6,7 @@ import { follow, restart, retryNow } from "./feed.js";
 import { hasText, t, useLanguage } from "./i18n.js";
 import Now from "./panels/now.js";
 import { store, useStore } from "./store.js";
-import { Button, Empty, Field, getTheme, Icon, IconButton, Loading, Messages, onThemeChange, setTheme } from "./ui.js";
+import { Button, Empty, Field, getTheme, Icon, IconButton, Loading, Messages, notify, onThemeChange, setTheme } from "./ui.js";
 import { Component, html, render, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 
 /** @type {Record<string, () => Promise<{default: any}>>} */
@@ -276,6 +276,28 @@ function App() {
   return html`<div key=${language}>${isAsked ? html`<${KeyPrompt} />` : html`<${Shell} />`}<${Messages} /></div>`;
 }
 
+/**
+ * Tells on the desktop that the person is needed, once for each time, when this page is not in front. By a timer, as a
+ * hidden page renders nothing; browsers let it fire once a minute at least. What passes by itself is not told: a page
+ * that loads anew is gone for a moment.
+ */
+function watchForPerson() {
+  let last = "";
+  let since = 0;
+  let isTold = true;
+  setInterval(() => {
+    const { person, bootstrap } = store.get();
+    const need = person ? person.state : bootstrap?.phase === "confirm" ? "question" : "";
+    if (need !== last) [last, since, isTold] = [need, Date.now(), need === "" || need === "loading"];
+    if (isTold || Date.now() - since < (need === "missing" ? 15_000 : 3_000)) return;
+    isTold = true;
+    if (document.hasFocus()) return;
+    if (need === "question") notify(t("shell.question"), t("shell.question_text"));
+    else if (hasText(`person.${need}.title`)) notify(t(`person.${need}.title`), t(`person.${need}.text`));
+  }, 1_000);
+}
+
 onRefused(() => store.set({ connection: "unauthorised" }));
 render(html`<${App} />`, /** @type {HTMLElement} */ (document.getElementById("app")));
+watchForPerson();
 void follow();

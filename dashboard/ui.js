@@ -520,6 +520,53 @@ export function useMedia(query) {
   return matches;
 }
 
+// ------------------------------------------------------------------------------------------------ notifications
+
+// "silent" or "sound" when the person has turned them on; anything else is off.
+const NOTIFY_PLACE = "lmarena_proxy.notify";
+
+/** What stands in the way: "unsupported" here, "denied" by the browser or the person. @returns {""|"unsupported"|"denied"} */
+export function notifyObstacle() {
+  if (!("Notification" in window)) return "unsupported";
+  return Notification.permission === "denied" ? "denied" : "";
+}
+
+/** @returns {"off"|"silent"|"sound"} */
+export function getNotify() {
+  if (!("Notification" in window) || Notification.permission !== "granted") return "off";
+  try {
+    const choice = localStorage.getItem(NOTIFY_PLACE);
+    return choice === "silent" || choice === "sound" ? choice : "off";
+  } catch {
+    return "off";
+  }
+}
+
+/** Asks the browser first, where it has not been asked: that takes a click. @param {"off"|"silent"|"sound"} choice */
+export async function setNotify(choice) {
+  if (choice !== "off" && !notifyObstacle() && Notification.permission !== "granted") await Notification.requestPermission();
+  try {
+    localStorage.setItem(NOTIFY_PLACE, choice);
+  } catch {
+    // Not kept: off.
+  }
+}
+
+/** On the desktop, while this page lives; a later one takes the place of an earlier one. @param {string} title @param {string} body */
+export function notify(title, body) {
+  const choice = getNotify();
+  if (choice === "off") return;
+  try {
+    const shown = new Notification(title, { body, tag: "lmarena_proxy", silent: choice !== "sound" });
+    shown.onclick = () => {
+      window.focus();
+      shown.close();
+    };
+  } catch {
+    // Some systems show none from a page: the banner stands there all the same.
+  }
+}
+
 // ------------------------------------------------------------------------------------------------ theme
 
 const THEME_PLACE = "lmarena_proxy.theme";

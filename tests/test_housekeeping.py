@@ -509,7 +509,8 @@ async def test_when_all_is_well_the_doctor_says_so_and_returns_zero(patient: Pat
     await twin.accept_terms()
     code, found = await patient.ask()
     assert {what: verdict for what, (verdict, _) in found.items() if verdict != "fine"} == {
-        "conversations": "look"
+        "conversations": "look",
+        "rate limit": "look",
     }
     assert code == 0
     assert found["tab"][1].startswith("1 connected: https://lmarena.ai")
@@ -556,7 +557,7 @@ async def test_another_script_and_another_model_list_are_told(
     assert code == 1
     verdict, text = found["script"]
     assert verdict == "needs you"
-    assert text.startswith("0.9.0, but the program is 1.0.0: open /bridge.user.js")
+    assert text.startswith("0.9.0, but the program is 1.0.0: while that runs, open http://127.0.0.1:")
     verdict, text = found["model list"]
     assert verdict == "look"
     assert "1 new, 0 changed, 1 not listed any more" in text

@@ -3,7 +3,9 @@
 
 import { hasText, t } from "../i18n.js";
 import { useStore } from "../store.js";
-import { Badge, CopyButton, Empty, ErrorNote, Icon, Loading, SearchField, Toggle, usePolled } from "../ui.js";
+import {
+  Badge, Button, CopyButton, Empty, ErrorNote, getNotify, Icon, Loading, notifyObstacle, SearchField, setNotify, Toggle, usePolled,
+} from "../ui.js";
 import { html, useMemo, useState } from "../vendor/preact-htm.js";
 
 /** @typedef {{key: string, value: any, default: any, source: string, is_secret: boolean}} Setting */
@@ -42,6 +44,7 @@ export default function Settings() {
         ${data && html`<span class="muted small">${data.file ? t("settings.file") : t("settings.no_file")} ${data.file && html`<code>${data.file}</code>`}</span>`}
       </header>
       <${Versions} />
+      <${Notifications} />
       <div class="toolbar">
         <${SearchField} label=${t("settings.search")} value=${text} onInput=${setText} />
         <${Toggle} label=${t("settings.only_changed")} checked=${isChanged} onChange=${setChanged} />
@@ -96,6 +99,32 @@ function Versions() {
             <dd><span class="id"><a href=${urls.userscript}>${urls.userscript}</a><${CopyButton} text=${urls.userscript} /></span></dd>`}
         </dl>
         ${others.length > 0 && html`<div class="note warn"><${Icon} name="warning" /><span>${t("settings.mismatch", { version })}</span></div>`}
+      </div>
+    </section>`;
+}
+
+/** Off until the person turns them on here, where the browser asks for its leave. */
+function Notifications() {
+  const [choice, show] = useState(getNotify);
+  const [obstacle, setObstacle] = useState(notifyObstacle);
+  /** @param {"off"|"silent"|"sound"} wanted */
+  const choose = async (wanted) => {
+    await setNotify(wanted);
+    show(getNotify());
+    setObstacle(notifyObstacle());
+  };
+  return html`
+    <section class="card" aria-labelledby="notifications-title">
+      <header class="card-head"><h2 id="notifications-title">${t("settings.notify")}</h2></header>
+      <div class="card-body">
+        <p class="muted small">${t("settings.notify_text")}</p>
+        ${obstacle === "" && choice === "off" && html`<div class="row"><${Button} onClick=${() => choose("silent")}>${t("settings.notify_on")}<//></div>`}
+        ${obstacle === "" && choice !== "off" && html`<div class="row">
+          <${Button} onClick=${() => choose("off")}>${t("settings.notify_off")}<//>
+          <${Toggle} label=${t("settings.notify_sound")} checked=${choice === "sound"}
+            onChange=${(/** @type {boolean} */ isLoud) => void choose(isLoud ? "sound" : "silent")} /></div>`}
+        ${obstacle !== "" && html`<div class="note warn"><${Icon} name="warning" />
+          <span>${obstacle === "denied" ? t("settings.notify_denied") : t("settings.notify_unsupported")}</span></div>`}
       </div>
     </section>`;
 }
