@@ -4607,6 +4607,7 @@ CHINESE = {
     "the program stopped": "程序已停止",
     "an error in the program": "程序出错",
     "origin {origin} is not in allowed_origins": "来源 {origin} 不在 allowed_origins 中",
+    "not used for {hours:.0f} hours (pool.max_idle_hours)": "已 {hours} 小时未使用（pool.max_idle_hours）",
     "{failures:d} failures in a row, last: {reason}": "连续失败 {failures} 次，最后一次：{reason}",
     "the site answered {status:d}": "网站返回 {status}",
     "by the person": "由您操作",
@@ -4718,13 +4719,14 @@ CHINESE = {
     "a file that can be written ({error})": "一个可写的文件（{error}）",
     "one of {values}": "{values} 之一",
     # --check, --prune and --update-models
-    "configuration  {path}: every key is known and in range": "配置  {path}：每个键都已知且在范围内",
-    "models         {count:d} of {path} are served": "模型  启用 {path} 中的 {count} 个",
-    "alias          {alias} stands for {model}, which is none of them": (
-        "别名  {alias} 指向 {model}，但没有这个模型"
-    ),
-    "store          {path} holds {count:d} conversations": "存储  {path} 中有 {count} 个对话",
-    "{key} {host}:{port:d} is free": "{key} {host}:{port} 可用",
+    "configuration": "配置",
+    "{path}: every key is known and in range": "{path}：每个键都已知且在范围内",
+    "{count:d} of {path} are served": "启用 {path} 中的 {count} 个",
+    "alias": "别名",
+    "{alias} stands for {model}, which is none of them": "{alias} 指向 {model}，但没有这个模型",
+    "store": "存储",
+    "{path} holds {count:d} conversations": "{path} 中有 {count} 个对话",
+    "{host}:{port:d} is free": "{host}:{port} 可用",
     "{path}: {count:d} requests that were older than {days:g} days are gone": (
         "{path}：已清除 {count} 个超过 {days} 天的请求"
     ),
@@ -4736,7 +4738,124 @@ CHINESE = {
     "{path}: {changes:d} of {count:d} models are new or changed": (
         "{path}：{count} 个模型中有 {changes} 个是新的或有变化"
     ),
+    # --doctor
+    "fine": "正常",
+    "look": "请看",
+    "needs you": "需要您",
+    "Waiting for an LMArena tab, up to {seconds:g} s (Ctrl-C ends the wait): open https://lmarena.ai": (
+        "正在等待 LMArena 标签页，最多 {seconds} 秒（按 Ctrl-C 结束等待）：请打开 https://lmarena.ai"
+    ),
+    "The wait was ended.": "等待已结束。",
+    "a copy of the program runs here, version {version}": "本程序的一个副本正在此运行，版本 {version}",
+    "the key of the copy of the program that runs at port {port:d}": "在端口 {port} 运行的副本的密钥",
+    "refused": "已拒绝",
+    "a connection at the bridge's port: {reason}": "桥端口上的一个连接：{reason}",
+    "tab": "标签页",
+    "{advice} While the program runs, {url} installs the script.": (
+        "{advice}程序运行时，打开 {url} 即可安装脚本。"
+    ),
+    "{count:d} connected: {urls}": "已连接 {count} 个：{urls}",
+    "script": "脚本",
+    "{version}, as the program": "{version}，与程序相同",
+    (
+        "{script}, but the program is {version}: while that runs, open {url}, let the manager install it, "
+        "and reload the tab"
+    ): "{script}，而程序为 {version}：请在程序运行时打开 {url}，由管理器安装，然后刷新标签页",
+    "page": "页面",
+    "ready: neither check nor sign-in is due": "就绪：无需验证或登录",
+    "account": "账户",
+    "not known until the page is signed in": "页面登录后才知道",
+    "model list": "模型列表",
+    "no page has sent one yet; {file}": "还没有页面发来列表；{file}",
+    "{name} is {age} old": "{name} 是 {age}前的",
+    "{name} cannot be read ({error})": "{name} 无法读取（{error}）",
+    "{days:.0f} days": "{days} 天",
+    "{hours:.0f} hours": "{hours} 小时",
+    "{minutes:.0f} minutes": "{minutes} 分钟",
+    "{seconds:.0f} seconds": "{seconds} 秒",
+    "the page listed {count:d} models {age} ago; {file} and has the same": (
+        "页面在 {age}前列出 {count} 个模型；{file}，内容相同"
+    ),
+    (
+        "the page listed {count:d} models {age} ago; {file} and differs: {new:d} new, {changed:d} changed, "
+        "{gone:d} not listed any more (--update-models)"
+    ): (
+        "页面在 {age}前列出 {count} 个模型；{file}，有差别：新增 {new}，变更 {changed}，不再列出 {gone}"
+        "（--update-models）"
+    ),
+    "conversations": "对话",
+    "{count:d} are in the store; how many are missing is known when the tab is ready": (
+        "已存 {count} 个；标签页就绪后才知道还缺多少"
+    ),
+    "{count:d} would be opened at the start's question, or on demand": (
+        "启动询问时会打开 {count} 个，或按需打开"
+    ),
+    "every model has those that it should": "每个模型的对话都已齐全",
+    "rate limit": "限流",
+    "nothing is held back": "没有限制",
+    "not known, as nothing was sent": "未知，因为没有发送任何内容",
+    "the site limits {account}: {pause}": "网站对 {account} 限流：{pause}",
+    "paused for {seconds:d} s more": "还要暂停 {seconds} 秒",
+    "going on, at {pace:g} requests a second": "继续，每秒 {pace} 个请求",
+    "paused for {seconds:d} s more, then {pace:g} requests a second": (
+        "还要暂停 {seconds} 秒，之后每秒 {pace} 个请求"
+    ),
+    "question": "询问",
+    "{prompt}: press Enter at the console, or the dashboard's button": (
+        "{prompt}：请在控制台按回车，或使用仪表板的按钮"
+    ),
+    # --export-sessions and --import-sessions
+    "{place}: {count:d} conversations are in {path}": "{place}：已将 {count} 个对话写入 {path}",
+    "left out   {what}": "略过  {what}",
+    "{place}: of the conversations in {name}: {counts}": "{place}：{name} 中的对话：{counts}",
+    "{added:d} added, {known:d} known already, {left_out:d} left out": (
+        "新增 {added} 个，已有 {known} 个，略过 {left_out} 个"
+    ),
+    "{count:d} of their models are not in {path}; the page may list them": (
+        "其中 {count} 个模型不在 {path} 中；页面可能会列出"
+    ),
+    "{place}: {value} is a placeholder": "{place}：{value} 是占位符",
+    "{place}: its ids are empty": "{place}：ID 为空",
+    "{place}: a session of the mode {mode} cannot be retried here": "{place}：模式 {mode} 的会话在此不能重试",
+    "{place}: no model {name}": "{place}：没有模型 {name}",
+    "{place}: {name} stands for two models: name one by its id, {ids}": (
+        "{place}：{name} 代表两个模型，请用 ID 指明：{ids}"
+    ),
+    "an export of this program, or LMArenaBridge's config.jsonc or model_endpoint_map.json": (
+        "本程序的导出文件，或 LMArenaBridge 的 config.jsonc 或 model_endpoint_map.json"
+    ),
+    "a file of JSON ({error})": "一个 JSON 文件（{error}）",
+    "a readable file of UTF-8 ({error})": "一个可读的 UTF-8 文件（{error}）",
+    "a UUID": "一个 UUID",
+    "64 hexadecimal digits": "64 位十六进制数字",
+    "64 hexadecimal digits. {hint}": "64 位十六进制数字。{hint}",
+    "the id of a model": "一个模型的 ID",
+    "a time in Unix seconds": "以 Unix 秒计的时间",
+    "a time in Unix seconds, or null": "以 Unix 秒计的时间，或 null",
+    "a number of uses": "使用次数",
+    "a list of sessions": "会话列表",
+    "an object with session_id and message_id": "含有 session_id 和 message_id 的对象",
+    "none: the sessions of an export have theirs": "不填：导出文件中的会话已有",
+    "none: the file names the models": "不填：文件中已写明模型",
+    "the name of the session's model: the file does not say it": "该会话的模型名称：文件中没有",
+    "the account that opened the file's conversations: the store has {found}. {hint}": (
+        "打开文件中对话的账户：存储中{found}。{hint}"
+    ),
+    "no conversations yet": "还没有对话",
+    "those of {count:d} accounts": "有 {count} 个账户的对话",
+    "GET /api/state shows it (bridges, account) while a tab of the account is connected": (
+        "该账户的标签页已连接时，GET /api/state 会显示它（bridges，account）"
+    ),
     # --help
+    "the same, and wait up to so long (60) for a tab to look at it, too; sends nothing to the site": (
+        "同上，并最多等待这么多秒（60），连标签页也检查；不向网站发送任何内容"
+    ),
+    "write all conversations to a file (-: here), and exit": "把全部对话写入文件（-：写到此处），然后退出",
+    "add the conversations of an export, or of LMArenaBridge's files, and exit": (
+        "加入导出文件或 LMArenaBridge 文件中的对话，然后退出"
+    ),
+    "whose conversations LMArenaBridge's files have": "LMArenaBridge 文件中的对话属于哪个账户",
+    "which model the conversation in config.jsonc has": "config.jsonc 中的对话用的是哪个模型",
     "an OpenAI-compatible API in front of a person's own LMArena tab.": (
         "在您自己的 LMArena 标签页前面的 OpenAI 兼容 API。"
     ),
@@ -4884,6 +5003,12 @@ class Console:
     def say(self, text: str, style: str = "") -> None:
         self.screen.print(RichText(self.translate(text), style=style), soft_wrap=True)
 
+    def say_in_columns(self, *cells: tuple[str, int], style: str = "") -> None:
+        """Say several things in a line, each with the width that it is to have at least."""
+        said = [(self.translate(text), width) for text, width in cells]
+        line = " ".join(text + " " * (width - cell_len(text)) for text, width in said)
+        self.screen.print(RichText(line, style=style), soft_wrap=True)
+
     def banner(self, api_url: str, bridge_url: str, models: int, sessions: int, notice: str) -> None:
         self.say(f"lmarena_proxy {VERSION}", "bold")
         if notice:
@@ -4895,8 +5020,7 @@ class Console:
             ("bridge", bridge_url),
             ("models", f"{models}, with {sessions} conversations in the store"),
         ):
-            label, value = self.translate(label), self.translate(value)
-            self.say(f"  {label}{' ' * (11 - cell_len(label))}{value}")
+            self.say_in_columns(("", 1), (label, 10), (value, 0))
         self.say(
             "Waiting for an LMArena tab: open https://lmarena.ai in the browser that has the userscript."
         )
@@ -7292,10 +7416,10 @@ def try_port(key: str, host: str, port: int) -> tuple[str, str]:
 def check(config: Config, directory: Path, console: Console) -> None:
     """Try what a start needs, and say what was found. Raises ConfigError for the first thing wrong."""
     for what, text in look_at_files(config, directory):
-        console.say(f"{what:<14} {text}")
+        console.say_in_columns((what, 14), (text, 0))
     for key, at in (("server.port", config.server), ("bridge.port", config.bridge)):
         what, text = try_port(key, at.host, at.port)
-        console.say(f"{what:<14} {text}")
+        console.say_in_columns((what, 14), (text, 0))
 
 
 # The doctor looks at what a start needs and at the browser's side: at what a running copy of the program says
@@ -7321,14 +7445,15 @@ class Finding(msgspec.Struct, frozen=True):
 
     def show(self, console: Console) -> None:
         sign, style = _VERDICTS[self.verdict]
-        console.say(f"{sign} {self.verdict:<10} {self.what:<14} {self.text}", style)
+        console.say_in_columns((sign, 1), (self.verdict, 9), (self.what, 14), (self.text, 0), style=style)
 
 
 def _tell_age(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0, seconds):.0f} seconds"
+    if seconds >= 2 * 86_400:
+        return f"{seconds / 86_400:.0f} days"
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.0f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{max(0, seconds):.0f} seconds"
 
 
 def examine_tabs(state: FeedDocument) -> Iterator[Finding]:
@@ -7337,9 +7462,9 @@ def examine_tabs(state: FeedDocument) -> Iterator[Finding]:
     for reason in state.get("refused", []):
         yield Finding("needs you", "refused", f"a connection at the bridge's port: {reason}")
     if not bridges:
-        address = state["urls"]["userscript"]
-        install = f"While the program runs, {address} installs the script."
-        yield Finding("needs you", "tab", f"{MISSING.advice} {install}")
+        install = state["urls"]["userscript"]
+        text = f"{MISSING.advice} While the program runs, {install} installs the script."
+        yield Finding("needs you", "tab", text)
         return
     urls = ", ".join(bridge.get("url") or "a page" for bridge in bridges)
     yield Finding("fine", "tab", f"{len(bridges)} connected: {urls}")
@@ -7373,11 +7498,16 @@ def examine_models(state: FeedDocument, path: Path) -> Finding:
     page = state.get("page_models")
     if not page:
         return Finding("look", "model list", f"no page has sent one yet; {file}")
-    listed = f"the page listed {page['count']} models {_tell_age(time.time() - page['listed_at'])} ago"
-    if not page["new"] + page["changed"] + page["gone"]:
-        return Finding("fine", "model list", f"{listed}; {file} and has the same")
-    counts = f"{page['new']} new, {page['changed']} changed, {page['gone']} not listed any more"
-    return Finding("look", "model list", f"{listed}; {file} and differs: {counts} (--update-models)")
+    age, count = _tell_age(time.time() - page["listed_at"]), page["count"]
+    new, changed, gone = page["new"], page["changed"], page["gone"]
+    if not new + changed + gone:
+        text = f"the page listed {count} models {age} ago; {file} and has the same"
+        return Finding("fine", "model list", text)
+    text = (
+        f"the page listed {count} models {age} ago; {file} and differs: {new} new, {changed} changed, "
+        f"{gone} not listed any more (--update-models)"
+    )
+    return Finding("look", "model list", text)
 
 
 def examine_sessions(state: FeedDocument, stored: int) -> Finding:
@@ -7395,9 +7525,11 @@ def examine_sessions(state: FeedDocument, stored: int) -> Finding:
 def examine_limits(state: FeedDocument) -> Iterator[Finding]:
     """Whether the site limits an account, as far as the copy that runs has met it."""
     for gate in state.get("gates", []):
-        pause = f"paused for {gate['seconds']} s more" if gate["seconds"] else "going on"
-        pace = f", at {gate['pace']} requests a second" if gate["pace"] else ""
-        yield Finding("look", "rate limit", f"the site limits {gate['account'][:8]}: {pause}{pace}")
+        seconds, pace = gate["seconds"], gate["pace"]
+        pause = f"paused for {seconds} s more" if seconds else f"going on, at {pace} requests a second"
+        if seconds and pace:
+            pause = f"paused for {seconds} s more, then {pace} requests a second"
+        yield Finding("look", "rate limit", f"the site limits {gate['account'][:8]}: {pause}")
     if not state.get("gates"):
         if state.get("is_running"):
             yield Finding("fine", "rate limit", "nothing is held back")
@@ -7643,7 +7775,7 @@ class SessionReader:
             return []
         if not self._model:
             raise ConfigError("--model", "", "the name of the session's model: the file does not say it")
-        return [*self._adopt("config.jsonc", self._find_model(self._model), found)]
+        return [*self._adopt("config.jsonc", self._model, found)]
 
     def _read_map(self, value: Mapping[str, Any]) -> list[Session]:
         """The sessions of models by their names."""
@@ -7651,12 +7783,11 @@ class SessionReader:
             raise ConfigError("--model", self._model, "none: the file names the models")
         sessions: list[Session] = []
         for name, entries in value.items():
-            model = self._find_model(name)
             for index, entry in enumerate(entries if isinstance(entries, list) else [entries]):
                 where = f"{name}[{index}]" if isinstance(entries, list) else name
                 if not isinstance(entry, dict):
                     raise self._wrong(where, entry, "an object with session_id and message_id")
-                sessions += self._adopt(where, model, self._read_older(where, entry, entry.get("mode")))
+                sessions += self._adopt(where, name, self._read_older(where, entry, entry.get("mode")))
         return sessions
 
     def _read_older(self, where: str, entry: Mapping[str, Any], mode: object) -> Iterator[tuple[str, str]]:
@@ -7680,21 +7811,19 @@ class SessionReader:
     def _is_blank(self, value: object) -> bool:
         return isinstance(value, str) and _PLACEHOLDER.fullmatch(value.strip()) is not None
 
-    def _find_model(self, name: str) -> Model | str:
-        """The model of a name, or why there is none."""
+    def _adopt(self, where: str, name: str, pairs: Iterable[tuple[str, str]]) -> Iterator[Session]:
+        """The sessions of a model with these ids, if there is one model of that name."""
         models = self._catalog.named(name)
-        if len(models) == 1:
-            return models[0]
         ids = " or ".join(model.id for model in models)
-        return f"{name!r} stands for two models: name one by its id, {ids}" if ids else f"no model {name!r}"
-
-    def _adopt(self, where: str, model: Model | str, pairs: Iterable[tuple[str, str]]) -> Iterator[Session]:
         for session_id, message_id in pairs:
-            if isinstance(model, str):
-                self.left_out.append(f"{where}: {model}")
+            if len(models) == 1:
+                fields = (session_id, message_id, models[0].id, self._owner())
+                yield Session(*fields, "captured", created_at=time.time())
+            elif models:
+                text = f"{where}: {name!r} stands for two models: name one by its id, {ids}"
+                self.left_out.append(text)
             else:
-                ids = (session_id, message_id, model.id, self._owner())
-                yield Session(*ids, "captured", created_at=time.time())
+                self.left_out.append(f"{where}: no model {name!r}")
 
     def _owner(self) -> str:
         """The account of sessions whose file does not say it."""
@@ -8053,8 +8182,8 @@ def main(arguments: Sequence[str]) -> int:
         if not all(isinstance(cause, ConfigError) for cause in causes):
             raise
         for cause in causes:
-            sign = _VERDICTS["needs you"][0] + " " if options.doctor is not None else ""
-            console.say(f"{sign}Cannot start: {cause}", "red")
+            sign = "" if options.doctor is None else _VERDICTS["needs you"][0] + " "
+            console.say(sign + console.translate(f"Cannot start: {cause}"), "red")
         return EXIT_CANNOT_START
     except KeyboardInterrupt:
         return EXIT_FORCED
