@@ -846,6 +846,63 @@ def test_the_settings_are_listed_with_their_values(board: Board) -> None:
     board.shows("sessions_per_model")
 
 
+# Headless browsers show no notifications: this notes what would be shown, to a person who is elsewhere.
+NOTIFICATIONS = """
+  window.shown = [];
+  window.Notification = class {
+    static permission = sessionStorage.getItem("allowed") ?? "default";
+    static async requestPermission() {
+      sessionStorage.setItem("allowed", (Notification.permission = "ANSWER"));
+      return "ANSWER";
+    }
+    constructor(title, options) { window.shown.push([title, options.silent]); }
+    close() {}
+  };
+  document.hasFocus = () => false;
+"""
+
+
+def sign_out_and_in(stage: Stage, board: Board) -> None:
+    stage.call(stage.rig.twin.sign_out)
+    board.shows("The site asks you to sign in or to accept its terms")
+    board.page.wait_for_timeout(4500)  # it waits a moment for what passes by itself
+    stage.call(stage.rig.make_ready)
+    expect(board.page.locator(".banner")).to_have_count(0)
+    board.page.wait_for_timeout(2500)  # it looks once a second
+
+
+def test_the_desktop_is_told_that_the_person_is_needed_once_they_have_turned_that_on(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with Stage(tmp_path_factory.mktemp("notifications")) as stage:
+        board = Board(browser, stage.url)
+        board.page.add_init_script(NOTIFICATIONS.replace("ANSWER", "granted"))
+        board.open("settings")
+        sign_out_and_in(stage, board)
+        assert board.page.evaluate("shown") == []
+        board.button("Turn on").click()
+        sign_out_and_in(stage, board)
+        title = "The site asks you to sign in or to accept its terms"
+        assert board.page.evaluate("shown") == [[title, True]]
+        board.page.get_by_text("With sound").click()
+        board.page.reload()
+        expect(board.page.get_by_label("With sound")).to_be_checked()
+        sign_out_and_in(stage, board)
+        assert board.page.evaluate("shown") == [[title, False]]
+        board.button("Turn off").click()
+        expect(board.button("Turn on")).to_be_visible()
+        board.close()
+
+
+def test_a_browser_that_forbids_notifications_is_said_to(browser: Browser, stage: Stage) -> None:
+    board = Board(browser, stage.url)
+    board.page.add_init_script(NOTIFICATIONS.replace("ANSWER", "denied"))
+    board.open("settings")
+    board.button("Turn on").click()
+    board.shows("The browser does not allow notifications for this page")
+    board.close()
+
+
 # ── Key, contents, restart ──────────────────────────────────────────────────────────────────────────────────
 
 
