@@ -3260,7 +3260,7 @@ class SessionPool:
 
     def snapshot(self) -> list[dict[str, object]]:
         """The `pool` part of /api/state."""
-        return [pool.describe(self._accounts) for pool in self]
+        return [{**pool.describe(self._accounts), "missing": self.missing(pool.model)} for pool in self]
 
     def describe_sessions(self) -> list[dict[str, object]]:
         """The `sessions` part of /api/state."""

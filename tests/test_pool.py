@@ -383,6 +383,7 @@ async def test_the_snapshot_shows_every_model(tmp_path: Path) -> None:
                 "sessions": 2,
                 "idle": 1,
                 "busy": 1,
+                "missing": 2,
                 **rest,
             },
             {
@@ -392,6 +393,7 @@ async def test_the_snapshot_shows_every_model(tmp_path: Path) -> None:
                 "sessions": 0,
                 "idle": 0,
                 "busy": 0,
+                "missing": 4,
                 **rest,
             },
         ]

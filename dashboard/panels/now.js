@@ -152,10 +152,9 @@ function planOf() {
   let models = 0;
   let conversations = 0;
   for (const entry of store.get().pool.values()) {
-    const missing = entry.tokens - (entry.sessions - entry.resting);
-    if (entry.requires_image || missing <= 0) continue;
+    if (entry.requires_image || !entry.missing) continue;
     models += 1;
-    conversations += missing;
+    conversations += entry.missing;
   }
   return { conversations, models };
 }
