@@ -3402,7 +3402,7 @@ class FrameLane(trio.abc.Stream):
     # The userscript's frames stay below this; a longer one is the library's to take or to refuse.
     LONGEST_BYTES = 1 << 20
     # A frame's first byte, by RFC 6455, 5.2: its opcode, and whether it is its message's last.
-    TEXT, BINARY, CONTROL, FINAL = 0x01, 0x02, 0x08, 0x80
+    TEXT, BINARY, PING, PONG, FINAL = 0x01, 0x02, 0x09, 0x0A, 0x80
     WIDE_LENGTHS: ClassVar = {126: struct.Struct(">H"), 127: struct.Struct(">Q")}
     # So many messages within this time are many; and so long they may gather, which nobody sees.
     MANY, GATHER_SECONDS = 8, 0.005
@@ -3415,8 +3415,11 @@ class FrameLane(trio.abc.Stream):
         # How much of a frame that passes is still to come, and whether its message goes on after it.
         self._passing = 0
         self._is_fragmented = False
-        # Whether the handshake is over, and there are frames; to be said before the browser knows it.
-        self.is_open = False
+        # Whether a frame has passed that ends the connection: nothing is heard after it.
+        self._is_over = False
+        # The handshake as far as it has come, and whether it was answered: from then on there are frames.
+        self._handshake = bytearray()
+        self._opened = trio.Event()
         # How many messages have passed that the library has not handed out yet.
         self._passed = 0
         # Takes a message, and whether it is text; says whether it did. Until there is one, everything passes.
@@ -3429,14 +3432,31 @@ class FrameLane(trio.abc.Stream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes that are the library's; b"" at the end."""
+        if not self._opened.is_set():
+            if not self._handshake.endswith(b"\r\n\r\n"):
+                return await self._receive_handshake()
+            await self._opened.wait()
+            if passed := self._sift(bytes(self._rest)):
+                return passed
         while data := await self._stream.receive_some(self.READ_BYTES):
-            if not self.is_open:
-                return data
             self._rest += data
             if len(self._rest) >= self._needed and (passed := self._sift(bytes(self._rest))):
                 return passed
             await self._let_gather()
         return b""
+
+    async def _receive_handshake(self) -> bytes:
+        """The next of the handshake. Frames that came with it wait: the library would let them lie."""
+        data = bytes(await self._stream.receive_some(self.READ_BYTES))
+        before = len(self._handshake)
+        head, end, frames = bytes(self._handshake + data).partition(b"\r\n\r\n")
+        self._handshake[:] = head + end
+        self._rest[:] = frames
+        return data[: len(self._handshake) - before]
+
+    def open(self) -> None:
+        """The handshake was answered."""
+        self._opened.set()
 
     async def _let_gather(self) -> None:
         now = trio.current_time()
@@ -3472,7 +3492,7 @@ class FrameLane(trio.abc.Stream):
                     self._taken += 1
                     at = end
                     continue
-            self._note_passing(data[at])
+            self._note_passing(data[at], data[at + 1])
             passed += data[at:end]
             self._passing = max(0, end - len(data))
             at = min(end, len(data))
@@ -3495,12 +3515,18 @@ class FrameLane(trio.abc.Stream):
 
     def _is_fast(self, first: int, length: int) -> bool:
         is_whole = first in (self.FINAL | self.TEXT, self.FINAL | self.BINARY) and not self._is_fragmented
-        return is_whole and not self._passed and length <= self.LONGEST_BYTES
+        return is_whole and not self._passed and not self._is_over and length <= self.LONGEST_BYTES
 
-    def _note_passing(self, first: int) -> None:
-        if not first & self.CONTROL:  # Those may come between a message's frames.
+    def _note_passing(self, first: int, second: int) -> None:
+        """Pings and pongs may come between a message's frames; what else is no part of one ends it all."""
+        if first in (self.FINAL | self.PING, self.FINAL | self.PONG):
+            self._is_over |= not self.FINAL <= second < self.FINAL + 126
+        elif (opcode := first & ~self.FINAL) in (self.TEXT, self.BINARY):
             self._is_fragmented = first < self.FINAL
-            self._passed += first & 0x0F in (self.TEXT, self.BINARY)
+            self._passed += 1
+        else:
+            self._is_over |= opcode != 0 or not self._is_fragmented
+            self._is_fragmented = first < self.FINAL
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         if self._held or self.is_holding:
@@ -4067,8 +4093,8 @@ class BridgeListener:
             )
             await handshake.reject(403)
             return
-        lane.is_open = True
         connection = await handshake.accept()
+        lane.open()
         bridge = Bridge(next(self._ids), connection, lane)
         reason = "the program stopped"
         try:

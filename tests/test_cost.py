@@ -123,7 +123,8 @@ async def test_a_chunk_is_taken_from_the_bridge_in_few_calls() -> None:
         taken.append(message)
         return True
 
-    lane.take, lane.is_open = take, True
+    lane.take = take
+    lane.open()
     frames = b"".join([masked(2, struct.pack(">II", 1, len(line)) + line) for line in LINES])
     await theirs.send_all(frames)
     await theirs.send_eof()
@@ -151,7 +152,8 @@ async def test_frames_that_arrive_in_pieces_are_taken_whole_and_in_order(cut: in
         taken.append((message, is_text))
         return True
 
-    lane.take, lane.is_open = take, True
+    lane.take = take
+    lane.open()
     sent, passed = b"".join(frames), b""
     for at in range(0, len(sent), cut):
         passed += lane._sift(bytes(lane._rest) + sent[at : at + cut])
@@ -171,7 +173,7 @@ async def test_what_comes_before_the_bridge_listens_is_not_overtaken() -> None:
         taken.append(message)
         return True
 
-    lane.is_open = True
+    lane.open()
     assert lane._sift(hello) == hello
     lane.take = take
     assert lane._sift(chunk) == chunk
