@@ -121,6 +121,7 @@ from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
+from rich.control import strip_control_codes
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -2253,7 +2254,10 @@ def open_log(config: LogConfig, directory: Path) -> str:
 #
 # SQLite in one file. One task writes: what is queued while a commit runs shares the next one, so a burst of
 # openings costs a few commits. Commits are synchronous: what save() returned from survives a kill and a power
-# cut.
+# cut. What nobody waits for (a use, a request's row) is committed a moment later, with what comes meanwhile:
+# a kill may take that moment's rows along.
+
+GATHER_WRITES_SECONDS = 0.05
 
 
 class Session(msgspec.Struct, eq=False):
@@ -2336,6 +2340,8 @@ class Store:
             wanted = f"a store of version {STORE_VERSION} or older, but it has version {version}"
             raise ConfigError("storage.path", str(self.path), wanted)
         self._queue, self._writes = trio.open_memory_channel[_Write](math.inf)
+        # Set when somebody waits for what is queued.
+        self._hurry = trio.Event()
 
     def _open(self) -> sqlite3.Connection:
         """Open the file, or make it; also reads all sessions, where damage would cost the most."""
@@ -2381,6 +2387,9 @@ class Store:
         task_status.started()
         with trio.CancelScope(shield=True):  # Ends by close(); each commit is bounded by SQLite's timeout.
             async for write in self._writes:
+                with trio.move_on_after(GATHER_WRITES_SECONDS):
+                    await self._hurry.wait()
+                self._hurry = trio.Event()
                 batch = [write]
                 while self._writes.statistics().current_buffer_used:
                     batch.append(self._writes.receive_nowait())
@@ -2408,18 +2417,25 @@ class Store:
 
     def close(self) -> None:
         self._queue.close()
+        self._hurry.set()
 
     def _write(self, statement: str, *parameters: Any) -> _Write:
         write = _Write(statement, parameters)
         self._queue.send_nowait(write)
         return write
 
+    async def _write_now(self, statement: str, *parameters: Any) -> _Write:
+        """Write, and wait until that is on disk or has failed."""
+        write = self._write(statement, *parameters)
+        self._hurry.set()
+        await write.done.wait()
+        return write
+
     async def save(self, session: Session) -> bool:
         """Insert or replace a session; returns once it is on disk, False when it could not be written."""
         values = [getattr(session, name) for name in session.__struct_fields__[:8]]
-        write = self._write(f"INSERT OR REPLACE INTO sessions VALUES ({', '.join('?' * 8)})", *values)
-        await write.done.wait()
-        return write.error is None
+        statement = f"INSERT OR REPLACE INTO sessions VALUES ({', '.join('?' * 8)})"
+        return (await self._write_now(statement, *values)).error is None
 
     def touch(self, session: Session) -> None:
         """Note a session's use."""
@@ -2439,9 +2455,7 @@ class Store:
 
     async def prune(self, days: float) -> int:
         """Forget requests that are older than so many days; returns how many there were."""
-        write = self._write(_PRUNE, time.time() - days * 86_400)
-        await write.done.wait()
-        return write.rows
+        return (await self._write_now(_PRUNE, time.time() - days * 86_400)).rows
 
     def prune_now(self, days: float) -> int:
         """The same before `run`, and give the disk its space back. Raises ConfigError."""
@@ -2473,7 +2487,7 @@ class Store:
 
     async def settle(self) -> None:
         """Wait until everything queued so far is on disk."""
-        await self._write("SELECT 1").done.wait()
+        await self._write_now("SELECT 1")
 
     async def ask(self, query: str, *parameters: Any) -> list[dict[str, Any]]:
         """The rows of a query, read beside the writer, in a thread. Raises sqlite3.Error."""
@@ -4323,7 +4337,9 @@ class Attempt:
     async def run(self, messages: Sequence[Message], sink: Sink) -> Finish | None:
         """From the request to the pool's bookkeeping; None when the sink had enough. Raises Setback."""
         try:
-            with trio.fail_after(self._limits.exchange_seconds):
+            # A scope costs more than what is done in it without one; a request has a deadline around it.
+            seconds = self._limits.exchange_seconds
+            with trio.fail_after(seconds) if seconds < math.inf else nullcontext():
                 finish = await self._exchange(messages, sink)
         except trio.TooSlowError:
             message = f"The site did not finish within {self._limits.exchange_seconds:g} s."
@@ -4976,20 +4992,20 @@ class ConsoleHandler(logging.Handler):
         event = getattr(record, "event", None)
         if event and not event.is_for_people:
             return
-        style = _LEVEL_STYLES.get(record.levelno) or _EVENT_STYLES.get(type(event), "")  # type: ignore[arg-type]
         if isinstance(event, ModelSkipped):
             self._show_skipped(event)
-        message = self._translate(record.getMessage())
-        line = RichText(f"{datetime.now():%H:%M:%S} ", style="dim").append(message, style=style)
+        clock, message = time.strftime("%H:%M:%S "), self._translate(record.getMessage())
         if self._screen.is_terminal:
-            self._screen.print(line, soft_wrap=True)
+            style = _LEVEL_STYLES.get(record.levelno) or _EVENT_STYLES.get(type(event), "")  # type: ignore[arg-type]
+            self._screen.print(RichText(clock, style="dim").append(message, style=style), soft_wrap=True)
         elif not self._screen.quiet:
-            self._write_plain(line.plain)
+            self._write_plain(clock + message)
         if record.exc_info and record.exc_info[1] and not isinstance(event, ModelSkipped):
             self._show_traceback(record.exc_info[1])
 
     def _write_plain(self, line: str) -> None:
         """Without styles there is nothing for rich to do; it would take a fifth of a short request's time."""
+        line = strip_control_codes(line)
         try:
             self._screen.file.write(f"{line}\n")
             self._screen.file.flush()
@@ -5970,7 +5986,7 @@ class Reply:
 
     def __init__(self, http: HttpRequest, asked: AnswerRequest) -> None:
         self.http, self.asked = http, asked
-        self.answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.answer_id = f"chatcmpl-{http.id.removeprefix('req_')}"
         self.created = int(time.time())
 
     def begin(self, nursery: trio.Nursery) -> None:
