@@ -3243,7 +3243,8 @@ class SessionPool:
         self._bus.publish(SessionOpened(name, *ids, source="captured"))
 
     def find(self, session_id: str) -> Session | None:
-        return next((pool.sessions[session_id] for pool in self if session_id in pool.sessions), None)
+        pools = self._pools.values()
+        return next((pool.sessions[session_id] for pool in pools if session_id in pool.sessions), None)
 
     def note_use(self, session: Session) -> None:
         session.uses += 1
@@ -3404,9 +3405,10 @@ def _unmask(payload: bytes, key: bytes) -> bytes:
 class FrameLane(trio.abc.Stream):
     """The stream below a bridge's WebSocket: takes out the frames that are many, and lets all others pass.
 
-    Those are whole messages in one frame. The library has what is rare: the handshake, messages in fragments,
-    pings and closes, and whatever breaks the protocol. For each message it would take two task switches and
-    ten times the work. As long as it has one that it has not handed out, all that come after it pass, too.
+    Those are whole messages in one frame, from the tab and to it. The library has what is rare: the
+    handshake, messages in fragments, pings and closes, and whatever breaks the protocol. For each message it
+    would take two task switches and ten times the work. As long as it has one that it has not handed out, all
+    that come after it pass, too.
 
     Where messages come thick and fast, each read waits for some to gather: what a read and a turn of the
     event loop cost is then shared by many. A tab that sends less than that is read at once.
@@ -3416,7 +3418,7 @@ class FrameLane(trio.abc.Stream):
     # The userscript's frames stay below this; a longer one is the library's to take or to refuse.
     LONGEST_BYTES = 1 << 20
     # A frame's first byte, by RFC 6455, 5.2: its opcode, and whether it is its message's last.
-    TEXT, BINARY, PING, PONG, FINAL = 0x01, 0x02, 0x09, 0x0A, 0x80
+    TEXT, BINARY, CLOSE, PING, PONG, FINAL = 0x01, 0x02, 0x08, 0x09, 0x0A, 0x80
     WIDE_LENGTHS: ClassVar = {126: struct.Struct(">H"), 127: struct.Struct(">Q")}
     # So many messages within this time are many; and so long they may gather, which nobody sees.
     MANY, GATHER_SECONDS = 8, 0.005
@@ -3440,9 +3442,9 @@ class FrameLane(trio.abc.Stream):
         self.take: Callable[[bytes, bool], bool] | None = None
         # Since when messages are counted, and how many have been taken.
         self._counted_since, self._taken = -math.inf, 0
-        # Whether what is sent waits for more: many small frames go out as one piece.
-        self.is_holding = False
-        self._held = bytearray()
+        # One at a time: the library's frames and ours. Nothing is sent after a close.
+        self._sending = trio.Lock()
+        self._has_closed = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """The next bytes that are the library's; b"" at the end."""
@@ -3543,12 +3545,24 @@ class FrameLane(trio.abc.Stream):
             self._is_fragmented = first < self.FINAL
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if self._held or self.is_holding:
-            self._held += data
-            if self.is_holding and len(self._held) < self.READ_BYTES:
-                return
-            data, self._held = self._held, bytearray()
-        await self._stream.send_all(data)
+        """Send what the library sends: the handshake's answer, pongs, a close."""
+        async with self._sending:
+            self._has_closed = self._opened.is_set() and data[0] == self.FINAL | self.CLOSE
+            await self._stream.send_all(data)
+
+    async def send_texts(self, texts: Iterable[bytes]) -> None:
+        """Send messages, each in one frame, all in one piece."""
+        frames = b"".join([self._frame(text) for text in texts])
+        async with self._sending:
+            if not self._has_closed:
+                await self._stream.send_all(frames)
+
+    def _frame(self, text: bytes) -> bytes:
+        first, size = self.FINAL | self.TEXT, len(text)
+        if size < 126:
+            return bytes((first, size)) + text
+        wide = 126 if size < 1 << 16 else 127
+        return bytes((first, wide)) + self.WIDE_LENGTHS[wide].pack(size) + text
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -3712,14 +3726,14 @@ class Bridge:
     async def _write(self) -> None:
         try:
             async for frame in self._outgoing:
-                data = msgspec.json.encode(frame)
-                self.sent_bytes += len(data)
-                self._lane.is_holding = self._outgoing.statistics().current_buffer_used > 0
-                await self._connection.send_message(data.decode())
-        except trio_websocket.ConnectionClosed:
+                frames = [frame]
+                while self._outgoing.statistics().current_buffer_used:
+                    frames.append(self._outgoing.receive_nowait())
+                texts = [msgspec.json.encode(frame) for frame in frames]
+                self.sent_bytes += sum(map(len, texts))
+                await self._lane.send_texts(texts)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("Tab %d closed while the program was writing", self.id)
-        finally:
-            self._lane.is_holding = False
 
     async def _beat(self, seconds: float, connection_scope: trio.CancelScope) -> None:
         """Ping, and give up a connection that was silent for two beats: its other end may be gone."""
