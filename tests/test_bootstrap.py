@@ -1,12 +1,15 @@
 """Bootstrap inside the test, against the stand-in arena: what is opened, what pauses it, what ends it."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 from harness import (
     CLAUDE,
     DEEPSEEK,
@@ -29,13 +32,24 @@ from demo.twin import Twin
 from lmarena_proxy import (
     PHASES,
     Bootstrap,
+    BootstrapRun,
+    Bridge,
+    Bridges,
+    Catalog,
     Config,
     EventBus,
+    Exchange,
+    Head,
+    Model,
     ModelSkipped,
     Phase,
     PhaseChanged,
     RateLimited,
+    Relay,
+    Session,
     SessionOpened,
+    SessionPool,
+    Store,
 )
 
 FOUR = (CLAUDE, DEEPSEEK, GPT, SEARCH)
@@ -536,3 +550,62 @@ async def test_a_model_that_was_skipped_is_tried_again_by_the_next_run(
     await rig.fill()
     assert (await rig.state())["bootstrap"]["skipped"] == []
     assert opened_well(rig) == four_each(CLAUDE, DEEPSEEK)
+
+
+# ── How long it takes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class SlowSite(Bridge):
+    """A ready tab on a site that takes two seconds for each answer."""
+
+    LATENCY_SECONDS = 2.0
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        super().__init__(1, cast(Any, None), cast(Any, None))
+        self._nursery = nursery
+        self._phase, self.reported, self.account = "open", "ready", "mine"
+        self.calls = self.running = self.most = 0
+
+    @contextmanager
+    def fetch(self, method: str, path: str, body: str) -> Iterator[Exchange]:
+        self.calls += 1
+        exchange = Exchange(self.calls)
+        self._nursery.start_soon(self._answer, exchange)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            yield exchange
+        finally:
+            self.running -= 1
+
+    async def _answer(self, exchange: Exchange) -> None:
+        await trio.sleep(self.LATENCY_SECONDS)
+        exchange.begin(Head(exchange.id, 200))
+        exchange.feed(b'a0:"Hello"\nad:{"finishReason":"stop"}\n')
+        exchange.end()
+
+
+async def test_544_conversations_take_no_longer_than_the_site_does(
+    nursery: trio.Nursery,
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In virtual time: eight at once, two seconds each. The disk, which takes real time, is left out."""
+
+    async def save(store: Store, session: Session) -> bool:
+        return True
+
+    monkeypatch.setattr(Store, "save", save)
+    config, bus, store = Config(), EventBus(), Store(tmp_path)
+    models = [Model(str(number), f"model {number}") for number in range(136)]
+    pool = SessionPool(Catalog(models), config.pool, store, bus)
+    bridges = Bridges(config, bus, pool)
+    site = SlowSite(nursery)
+    bridges.add(site, "https://lmarena.ai/", "ready", "mine")
+    run = BootstrapRun(config, pool, bridges, Relay(config, pool, bridges, bus), bus, frozenset())
+    began_at = trio.current_time()
+    await run.open_all()
+    assert run.opened.total() == site.calls == 544
+    assert site.most == config.bootstrap.concurrency == 8
+    assert trio.current_time() - began_at <= 544 / 8 * site.LATENCY_SECONDS * 1.05

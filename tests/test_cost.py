@@ -9,6 +9,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,13 +21,20 @@ from lmarena_proxy import (
     Answer,
     AnswerRequest,
     ArenaStreamDecoder,
+    Catalog,
     ChunkEncoder,
+    EventBus,
     Exchange,
     FrameLane,
     HttpConnection,
     HttpRequest,
+    Lease,
     Message,
+    Model,
+    PoolConfig,
     RequestsConfig,
+    SessionPool,
+    Store,
     StreamedReply,
     Text,
 )
@@ -181,3 +189,42 @@ async def test_what_comes_before_the_bridge_listens_is_not_overtaken() -> None:
         lane.note_handed_out()
     assert lane._sift(chunk) == b""
     assert len(taken) == 1
+
+
+async def hand_over_calls(directory: Path, waiters: int, hand_overs: int = 10) -> float:
+    """How many functions the way of a model's only token from one request to the next calls."""
+    bus = EventBus()
+    pool = SessionPool(Catalog([Model("1", "m")]), PoolConfig(sessions_per_model=1), Store(directory), bus)
+    leases = [Lease(str(number), Model("1", "m")) for number in range(waiters + 1)]
+    admitted: list[Lease] = []
+    count = 0
+
+    async def wait(lease: Lease) -> None:
+        await pool.acquire(lease)
+        admitted.append(lease)
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    async with trio.open_nursery() as nursery:
+        for lease in leases:
+            nursery.start_soon(wait, lease)
+            await trio.testing.wait_all_tasks_blocked()
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            for number in range(hand_overs):
+                pool.release(admitted[-1])
+                while len(admitted) < number + 2:
+                    await trio.lowlevel.checkpoint()
+        finally:
+            sys.setprofile(before)
+        assert admitted == leases[: hand_overs + 1]
+        nursery.cancel_scope.cancel()
+    return count / hand_overs
+
+
+async def test_a_hand_over_costs_the_same_before_ten_waiters_and_before_two_thousand(tmp_path: Path) -> None:
+    few = await hand_over_calls(tmp_path / "few", 10)
+    assert await hand_over_calls(tmp_path / "many", 2000) <= 1.2 * few
