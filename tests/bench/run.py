@@ -4,6 +4,7 @@
     python tests/bench/run.py --rounds 3 --only 64  fewer rounds, only the loads whose name contains "64"
     python tests/bench/run.py --beside FILE         an older lmarena_proxy.py as a third column
     python tests/bench/run.py --growth              how the cost of a chunk grows with the number of streams
+    python tests/bench/run.py --start               from start to listening, with and without stored requests
 
 Needs reference_relay.py and wire_bench.py in the directory given by --scripts or LMARENA_BENCH (else
 ../shared/bench beside the repository), and what they import:
@@ -19,13 +20,14 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,7 +102,7 @@ def wait_listening(process: subprocess.Popen[bytes], port: int) -> None:
         with socket.socket() as probe:
             if not probe.connect_ex(("127.0.0.1", port)):
                 return
-        time.sleep(0.1)
+        time.sleep(0.02)
     sys.exit(f"{process.args!r} does not listen at {port}.")
 
 
@@ -119,7 +121,7 @@ def running(command: list[str], port: int, **options: object) -> Iterator[subpro
 
 
 @contextmanager
-def this_program(name: str, file: Path, options: Sequence[str] = ()) -> Iterator[Relay]:
+def this_program(name: str, file: Path, options: Sequence[str] = (), store: str = "state") -> Iterator[Relay]:
     """A lmarena_proxy.py in a directory of its own, with as many sessions as any load needs."""
     api, bridge = free_port(), free_port()
     with tempfile.TemporaryDirectory() as directory:
@@ -127,6 +129,7 @@ def this_program(name: str, file: Path, options: Sequence[str] = ()) -> Iterator
         config = Path(directory, "config.toml")
         config.write_text(
             f"[server]\nport = {api}\n[bridge]\nport = {bridge}\n"
+            f"[storage]\npath = {json.dumps(store)}\n"
             "[pool]\nsessions_per_model = 1100\n[limits]\nconnections = 2000\n[bootstrap]\nenabled = false\n"
         )
         command = [sys.executable, *options, str(file), "--config", str(config)]
@@ -142,6 +145,36 @@ def reference(scripts: Path) -> Iterator[Relay]:
     options = {"cwd": scripts, "env": environment}
     with running([*command, "--log-level", "warning"], port, **options) as process:
         yield Relay("reference", process, "json-chunks", port, f"ws://127.0.0.1:{port}/ws")
+
+
+def fill_store(directory: Path, requests: int) -> None:
+    """Give a store, which the program has made, so many requests."""
+    columns = (
+        "request_id, created_at, model, model_id, is_stream, status, outcome, attempts, queued_seconds, "
+        "total_seconds, messages, answer"
+    )
+    texts = ("question " * 50, "answer " * 200)
+    rows = ((f"req_{n}", time.time() - n, "m", "1", 1, 200, "stop", 1, 0, 1, *texts) for n in range(requests))
+    with closing(sqlite3.connect(directory / "lmarena_proxy.sqlite3")) as connection, connection:
+        places = ", ".join("?" * 12)
+        connection.executemany(f"INSERT INTO requests ({columns}) VALUES ({places})", rows)
+
+
+def print_starts(rounds: int, stored: int = 100_000) -> None:
+    """Seconds from the start to listening: with an empty store and with a full one, in turn."""
+    seconds: dict[int, list[float]] = {0: [], stored: []}
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as full:
+        for number in range(rounds + 1):
+            for requests, directory in ((0, empty), (stored, full)):
+                began_at = time.monotonic()
+                with this_program("ours", REPOSITORY / "lmarena_proxy.py", store=directory):
+                    if number:
+                        seconds[requests].append(time.monotonic() - began_at)
+            if not number:  # The first round has made the stores.
+                fill_store(Path(full), stored)
+    print("| stored requests | seconds to listening |\n| ---: | ---: |")
+    for requests, values in seconds.items():
+        print(f"| {requests:,} | {statistics.median(values):.2f} |")
 
 
 def find_scripts(given: str | None) -> Path:
@@ -188,7 +221,11 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, help="another lmarena_proxy.py to measure")
     parser.add_argument("--scripts", help="where reference_relay.py and wire_bench.py are")
     parser.add_argument("--growth", action="store_true", help="the cost by number of streams instead")
+    parser.add_argument("--start", action="store_true", help="the time to listening instead")
     options = parser.parse_args()
+    if options.start:
+        print_starts(options.rounds)
+        return
     scripts = find_scripts(options.scripts)
     loads = {name: arguments for name, arguments in LOADS.items() if options.only in name}
     if options.growth:
