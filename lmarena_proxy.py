@@ -3420,8 +3420,9 @@ class FrameLane(trio.abc.Stream):
     # A frame's first byte, by RFC 6455, 5.2: its opcode, and whether it is its message's last.
     TEXT, BINARY, CLOSE, PING, PONG, FINAL = 0x01, 0x02, 0x08, 0x09, 0x0A, 0x80
     WIDE_LENGTHS: ClassVar = {126: struct.Struct(">H"), 127: struct.Struct(">Q")}
-    # So many messages within this time are many; and so long they may gather, which nobody sees.
-    MANY, GATHER_SECONDS = 8, 0.005
+    # So many messages within this time are many (one quick client after the other comes to ten); and so long
+    # they may gather, which nobody sees.
+    MANY, GATHER_SECONDS = 16, 0.005
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
