@@ -3419,6 +3419,7 @@ class FrameLane(trio.abc.Stream):
     LONGEST_BYTES = 1 << 20
     # A frame's first byte, by RFC 6455, 5.2: its opcode, and whether it is its message's last.
     TEXT, BINARY, CLOSE, PING, PONG, FINAL = 0x01, 0x02, 0x08, 0x09, 0x0A, 0x80
+    OPCODES: ClassVar = {0x00, TEXT, BINARY, CLOSE, PING, PONG}
     WIDE_LENGTHS: ClassVar = {126: struct.Struct(">H"), 127: struct.Struct(">Q")}
     # So many messages within this time are many (one quick client after the other comes to ten); and so long
     # they may gather, which nobody sees.
@@ -3494,12 +3495,15 @@ class FrameLane(trio.abc.Stream):
         self._needed = 0
         passed = data[:at]
         while at < len(data):
+            self._is_over |= self._is_broken(data[at : at + 2])
+            if self._is_over:
+                passed, at = passed + data[at:], len(data)
+                break
             head = self._head(data, at)
             if head is None:
                 break
             payload_at, end = head
-            is_masked = data[at + 1] >= 0x80
-            is_fast = is_masked and self._is_fast(data[at], end - payload_at)
+            is_fast = self._is_fast(data[at], end - payload_at)
             if is_fast and end > len(data):
                 self._needed = end - at
                 break  # As a whole it can be taken.
@@ -3509,12 +3513,23 @@ class FrameLane(trio.abc.Stream):
                     self._taken += 1
                     at = end
                     continue
-            self._note_passing(data[at], data[at + 1])
+            self._note_passing(data[at])
             passed += data[at:end]
             self._passing = max(0, end - len(data))
             at = min(end, len(data))
         self._rest = bytearray(data[at:])
         return passed
+
+    def _is_broken(self, start: bytes) -> bool:
+        """Whether a frame that starts so makes the library end the connection, maybe before it is whole."""
+        opcode, is_final = start[0] & ~self.FINAL, start[0] >= self.FINAL
+        is_control = opcode >= self.CLOSE
+        if opcode not in self.OPCODES or (is_control and not is_final):
+            return True
+        if len(start) < 2:
+            return False
+        is_masked, length = start[1] >= 0x80, start[1] & 0x7F
+        return not is_masked or (is_control and length > 125)
 
     def _head(self, data: bytes, at: int) -> tuple[int, int] | None:
         """Where a frame's payload begins and ends; None when too little of the frame is there to tell."""
@@ -3526,22 +3541,19 @@ class FrameLane(trio.abc.Stream):
                 return None
             [length] = wide.unpack_from(data, at + 2)
             payload_at += wide.size
-        if data[at + 1] < 0x80:
-            payload_at -= 4  # Not masked: the library ends the connection.
         return (payload_at, payload_at + length) if len(data) >= payload_at else None
 
     def _is_fast(self, first: int, length: int) -> bool:
         is_whole = first in (self.FINAL | self.TEXT, self.FINAL | self.BINARY) and not self._is_fragmented
-        return is_whole and not self._passed and not self._is_over and length <= self.LONGEST_BYTES
+        return is_whole and not self._passed and length <= self.LONGEST_BYTES
 
-    def _note_passing(self, first: int, second: int) -> None:
+    def _note_passing(self, first: int) -> None:
         """Pings and pongs may come between a message's frames; what else is no part of one ends it all."""
-        if first in (self.FINAL | self.PING, self.FINAL | self.PONG):
-            self._is_over |= not self.FINAL <= second < self.FINAL + 126
-        elif (opcode := first & ~self.FINAL) in (self.TEXT, self.BINARY):
+        opcode = first & ~self.FINAL
+        if opcode in (self.TEXT, self.BINARY):
             self._is_fragmented = first < self.FINAL
             self._passed += 1
-        else:
+        elif first not in (self.FINAL | self.PING, self.FINAL | self.PONG):
             self._is_over |= opcode != 0 or not self._is_fragmented
             self._is_fragmented = first < self.FINAL
 
