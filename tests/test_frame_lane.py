@@ -47,7 +47,7 @@ def frame(first: int, payload: bytes, key: bytes = b"\x01\xa2\x33\x04", length: 
 def message(opcode: int, payload: bytes, cuts: list[int], between: list[bytes]) -> bytes:
     """A message in as many frames as there are cuts and one more, with control frames in between."""
     places = [0, *sorted(cut % (len(payload) + 1) for cut in cuts), len(payload)]
-    parts = [payload[start:end] for start, end in zip(places, places[1:], strict=False)]
+    parts = [payload[start:end] for start, end in itertools.pairwise(places)]
     frames = []
     for number, part in enumerate(parts):
         is_last = number == len(parts) - 1
@@ -201,12 +201,17 @@ def test_what_breaks_the_protocol_ends_it_as_the_library_ends_it(
     compare([*before, bad, *after], cuts, settles=settles)
 
 
+small_texts = st.builds(
+    message,
+    st.just(TEXT),
+    st.text(max_size=20).map(str.encode),
+    st.lists(st.integers(0, 20), max_size=2),
+    st.just([]),
+)
+
+
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(whole_messages | controls | st.builds(message, st.just(TEXT), st.text(max_size=20).map(str.encode),
-             st.lists(st.integers(0, 20), max_size=2), st.just([])) | closes, max_size=5),
-    st.booleans(),
-)  # fmt: skip
+@given(st.lists(whole_messages | controls | small_texts | closes, max_size=5), st.booleans())
 def test_byte_by_byte(frames: list[bytes], settles: bool) -> None:
     compare(frames, [*range(len(b"".join(frames)))], settles=settles)
 
