@@ -43,6 +43,7 @@
   const UNSENT_BYTES = 8 << 20; // above this the program is behind: stop reading the site
   const BACKPRESSURE_POLL_MS = 25;
   const LOOK_MS = 1000;
+  const SIGNED_IN_MS = 1500; // so long the page that was signed in at has to stay
   const FIRST_RETRY_MS = 1000;
   const LAST_RETRY_MS = 30000;
   const LEAST_PATIENCE_MS = 3000; // a busy page looks late
@@ -87,6 +88,7 @@
     /** @type {"waiting" | "leading" | "stopped"} */ role: "waiting",
     /** @type {Link | null} */ link: null,
     retries: 0, // since the last welcome
+    signedInAt: 0, // when this page was first seen signed in, after it had not been
     retryTimer: 0,
     /** @type {string | null} the status that says why there is no connection */ trouble: null,
     /** @type {string | null} the status that says what the site's last answer asked of the person */ due: null,
@@ -425,6 +427,12 @@
     const [state, detail] = pageState(userId);
     const account = await accountOf(userId);
     if (turn !== looks) return; // a later look has begun meanwhile, and knows better
+    if (state !== "ready" || tab.state !== "sign_in") tab.signedInAt = 0;
+    else {
+      // The site loads its page anew when one has signed in: what was sent before that would be broken off.
+      tab.signedInAt ||= now();
+      if (now() - tab.signedInAt < SIGNED_IN_MS) return;
+    }
     if (state !== tab.state || account !== tab.account) {
       assign(tab, { state, account, due: null });
       if (tab.link) say(tab.link, { type: "state", state, account, detail });

@@ -1082,6 +1082,19 @@ def test_the_badge_says_what_the_site_s_answers_say_is_due(
     wait_status(page, "ready")
 
 
+def test_a_page_that_signing_in_loads_anew_is_not_called_ready_before_that(
+    page: Page, bridge: ScriptedBridge
+) -> None:
+    page.goto(SITE)
+    before = bridge.connected()
+    before.wait_state("sign_in")
+    page.click("#accept-terms")
+    page.wait_for_selector("#message")
+    wait_status(page, "ready")
+    said_before = [message["state"] for message in before.messages if message["type"] in ("hello", "state")]
+    assert "ready" not in said_before
+
+
 def test_the_badge_says_when_the_program_has_another_version_of_the_script(
     browser: UserscriptBrowser, bridge: ScriptedBridge
 ) -> None:
