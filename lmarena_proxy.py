@@ -2457,17 +2457,23 @@ class Store:
         """Forget requests that are older than so many days; returns how many there were."""
         return (await self._write_now(_PRUNE, time.time() - days * 86_400)).rows
 
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Outside `run`: a disk that does not take it is for the person to mend."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            wanted = f"a store that can be written ({error})"
+            raise ConfigError("storage.path", str(self.path), wanted) from None
+
     def prune_now(self, days: float) -> int:
         """The same before `run`, and give the disk its space back. Raises ConfigError."""
-        try:
+        with self._telling():
             with self._connection:
                 count = self._connection.execute(_PRUNE, (time.time() - days * 86_400,)).rowcount
             self._connection.execute("VACUUM")
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except sqlite3.Error as error:
-            wanted = f"a store that can be written ({error})"
-            raise ConfigError("storage.path", str(self.path), wanted) from None
-        return count
+            return count
 
     def add_now(self, sessions: Iterable[Session]) -> int:
         """Insert the sessions that are not known, all or none; returns how many there were. For before `run`.
@@ -2477,12 +2483,8 @@ class Store:
         statement = f"INSERT OR IGNORE INTO sessions VALUES ({', '.join('?' * 8)})"
         rows = [msgspec.structs.astuple(session)[:8] for session in sessions]
         before = self._connection.total_changes
-        try:
-            with self._connection:
-                self._connection.executemany(statement, rows)
-        except sqlite3.Error as error:
-            wanted = f"a store that can be written ({error})"
-            raise ConfigError("storage.path", str(self.path), wanted) from None
+        with self._telling(), self._connection:
+            self._connection.executemany(statement, rows)
         return self._connection.total_changes - before
 
     async def settle(self) -> None:
@@ -2600,7 +2602,9 @@ class RequestLog:
             series[name] = [totals.get(number, {}).get(name, 0) for number in range(count)]
         series["queue_depth"] = await self._queue_depths(since, bucket_seconds, count)
         models = await self._count("model_id", since)
-        total = (await self._count("'all'", since)).get("all", {"requests": 0, "errors": 0})
+        total: dict[str, Any] = {
+            name: sum(model[name] for model in models.values()) for name in ("requests", "errors")
+        }
         for name, value in (("first_byte_seconds", "first_byte_seconds"), ("tokens_per_second", self._SPEED)):
             by_time = await self._percentiles(bucket, value, since)
             series[name] = {
@@ -2611,7 +2615,6 @@ class RequestLog:
             for model_id, model in models.items():
                 model[name] = by_model.get(model_id, nothing)
             total[name] = (await self._percentiles("'all'", value, since)).get("all", nothing)
-        total.pop("model", None)
         listed = [{"model_id": each, **model} for each, model in models.items()]
         return series | {"total": total, "models": listed}
 
@@ -5648,24 +5651,7 @@ class Metrics:
     """
 
     # As OpenTelemetry advises, and further: a site is slower than an API.
-    _DURATIONS = (
-        0.01,
-        0.02,
-        0.04,
-        0.08,
-        0.16,
-        0.32,
-        0.64,
-        1.28,
-        2.56,
-        5.12,
-        10.24,
-        20.48,
-        40.96,
-        81.92,
-        300,
-        1800,
-    )
+    _DURATIONS = (*(0.01 * 2**power for power in range(14)), 300, 1800)
     _FIRST_TOKENS = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 180)
     _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 
@@ -7427,10 +7413,8 @@ def hold_store(directory: Path) -> Iterator[None]:
                 "a store that no other copy of the program uses now: end that copy, or give this one its own"
             )
             raise ConfigError("storage.path", str(directory), wanted) from None
-        except OSError as error:
-            log.warning(
-                "The store %s cannot be locked: %s", directory, error
-            )  # Some network disks know no locks.
+        except OSError as error:  # Some network disks know no locks.
+            log.warning("The store %s cannot be locked: %s", directory, error)
         yield
 
 

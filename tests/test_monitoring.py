@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -685,7 +684,3 @@ async def test_no_payload_and_no_key_is_in_the_feed(nursery: trio.Nursery, tmp_p
         assert "s3cret-key" not in text
         assert payload not in text
         assert not [value for value in cookies if value in text]
-
-
-def test_the_environment_of_the_tests_sets_no_key() -> None:
-    assert "LMARENA_PROXY_API_KEY" not in os.environ
