@@ -262,7 +262,10 @@ async def test_many_requests_at_once_share_four_conversations_in_order_of_arriva
     assert sorted(answers) == [f"[{CLAUDE}] question {number:02}" for number in range(12)]
     assert rig.arena.max_running(model_id(CLAUDE)) == 4
     assert rig.arena.max_running_pair() == 1
-    assert [turns(seen)[-1][1] for seen in rig.calls] == [f"question {number:02}" for number in range(12)]
+    # The four whose turn comes in the same moment may be sent in any order.
+    places = [int(turns(seen)[-1][1].removeprefix("question ")) for seen in rig.calls]
+    assert sorted(places) == [*range(12)]
+    assert all(abs(number - place) < 4 for place, number in enumerate(places))
     assert Counter(seen.session_id for seen in rig.calls) == dict.fromkeys(rig.pool(CLAUDE).sessions, 3)
     assert {seen.kind for seen in rig.calls} == {"retry"}
     assert repr(rig.pool(CLAUDE)) == f"<ModelPool {CLAUDE}: 4 sessions, 4 idle, 0/4 tokens, 0 waiting>"
