@@ -68,6 +68,7 @@ import email.utils
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import io
@@ -8299,6 +8300,11 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
             console.banner(
                 program.api.url, program.api.bridge_url, len(program.pool.catalog), sessions, notice
             )
+            # What is there now stays: the collector of cycles need not look at it again, nor look as often as
+            # in a small program, where a burst of requests would set it off at every turn.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(20_000, 20, 50)
             if options.update_models:
                 nursery.start_soon(update_models, program, directory / config.models.path)
             if options.demo:
