@@ -805,6 +805,9 @@ def _whole_characters(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+_decode_text = msgspec.json.Decoder(str).decode
+
+
 class StreamError(Exception):
     """The body is not the contract's: a line grew beyond the limit."""
 
@@ -847,6 +850,20 @@ class ArenaStreamDecoder:
         for line in whole.split(b"\n"):
             self._decode_line(line, events)
         return self._join_texts(events) if len(events) > 1 else events
+
+    def feed_text(self, data: bytes) -> str | None:
+        """Take whole lines of nothing but text, as most are; None, and nothing taken, for others."""
+        if self._rest or self.is_finished or self._halves["text"] or data[-1:] != b"\n":
+            return None
+        texts = []
+        for line in data[:-1].split(b"\n"):
+            if line[:3] != b"a0:":
+                return None
+            try:
+                texts.append(_decode_text(line[3:]))
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                return None
+        return "".join(texts)
 
     def finish(self) -> list[AnswerEvent]:
         """Take the end of the body: a last line may lack its newline."""
@@ -1535,8 +1552,7 @@ class Answer:
             if self.cut:
                 break
             match event:
-                case Text(text) if self._is_plain and not self.media:
-                    self.texts.append(text)
+                case Text(text) if self.take_text(text):
                     self._shown.append(event)
                 case Text(text):
                     self._show_text(self._stops.feed(text) if self._stops else text)
@@ -1551,6 +1567,13 @@ class Answer:
                     self.sources.append(event)
                     self._shown.append(event)
         return self._take_shown()
+
+    def take_text(self, text: str) -> bool:
+        """Take text that is shown as it is; False, and nothing taken, where more is to be done with it."""
+        if not self._is_plain or self.media:
+            return False
+        self.texts.append(text)
+        return True
 
     def end(self, finish: Finish | None) -> list[AnswerEvent]:
         """The answer's end in, None where it was cut; out, what was held back and what comes last.
@@ -3330,6 +3353,9 @@ class Exchange:
         self._ended = False
         self._broken: ExchangeBroken | None = None
         self._lot = trio.lowlevel.ParkingLot()
+        # What `receive` was called with while it waits, and what went wrong in it.
+        self._take: Callable[[bytes], bool] | None = None
+        self._trouble: Exception | None = None
 
     def __repr__(self) -> str:
         state = "broken" if self._broken else "ended" if self._ended else "open"
@@ -3338,6 +3364,11 @@ class Exchange:
     @property
     def is_over(self) -> bool:
         return self._ended or self._broken is not None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing of it waits to be received, neither bytes nor an end."""
+        return not self._chunks and not self.is_over
 
     @property
     def is_streaming(self) -> bool:
@@ -3354,7 +3385,7 @@ class Exchange:
         self._lot.unpark_all()
 
     def feed(self, data: bytes) -> None:
-        if self.is_over:
+        if self.is_over or (self._take and self._is_taken(data)):
             return
         self._chunks.append(data)
         self._size += len(data)
@@ -3366,6 +3397,15 @@ class Exchange:
             )
         elif self._lot:
             self._lot.unpark_all()
+
+    def _is_taken(self, data: bytes) -> bool:
+        """Whether the waiting task's `take` has it. What goes wrong there is that task's affair."""
+        assert self._take
+        try:
+            return not self._chunks and self._take(data)
+        except Exception as error:
+            self._trouble = error
+            return False
 
     def end(self) -> None:
         self._ended = True
@@ -3386,14 +3426,24 @@ class Exchange:
             await self._lot.park()
         return self._head
 
-    async def receive(self) -> bytes:
-        """All bytes that have arrived since, at least one; b"" at the end. Raises ExchangeBroken."""
-        while not self._chunks:
-            if self._broken:
-                raise self._broken
-            if self._ended:
-                return b""
-            await self._lot.park()
+    async def receive(self, take: Callable[[bytes], bool] | None = None) -> bytes:
+        """All bytes that have arrived since, at least one; b"" at the end. Raises ExchangeBroken.
+
+        While this waits, bytes may go to `take` as they arrive, in the bridge's own step, which spares a task
+        switch. Those for which it returns False, and all that come after them, are for this to return.
+        """
+        self._take = take
+        try:
+            while not self._chunks:
+                if self._broken:
+                    raise self._broken
+                if self._ended:
+                    return b""
+                await self._lot.park()
+        finally:
+            self._take = None
+        if self._trouble:
+            raise self._trouble
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._size = 0
@@ -4234,6 +4284,9 @@ class BridgeListener:
 #   - Leaving the exchange, for whatever reason, aborts the fetch in the browser; leaving `answer` frees
 #     session and token. A sink that has enough (a stop string, a token limit) is such a reason; a
 #     conversation whose first answer was aborted so has no message to retry, and does not join the pool.
+#   - An answer's text, where nothing is to be done with it but to show it, goes to its sink in the bridge's
+#     own step, as it arrives, and only while the attempt's task waits for it: so there is one order, and a
+#     task switch only for the first text, for the end, and for what may wait.
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -4257,6 +4310,10 @@ class Sink(Protocol):
         """Take the next events. False when nothing of the answer is wanted any more."""
         ...
 
+    def deliver_now(self, text: str) -> bool:
+        """Take the next text, where that can be done without waiting. False, and nothing taken, where not."""
+        ...
+
     def restart(self) -> bool:
         """Forget what was delivered, for another attempt. False when somebody has it already."""
         ...
@@ -4266,6 +4323,9 @@ class Discard:
     """The sink of an answer that nobody reads: bootstrap's."""
 
     async def deliver(self, events: Sequence[AnswerEvent]) -> bool:
+        return True
+
+    def deliver_now(self, text: str) -> bool:
         return True
 
     def restart(self) -> bool:
@@ -4344,6 +4404,82 @@ async def _read_rest(exchange: Exchange) -> None:
                 pass
 
 
+class Pump:
+    """Takes an answer from its exchange to its sink, until its end or until the sink has enough.
+
+    Text, which is nearly all of it, is handed on in the step of the bridge that brings it, while the
+    attempt's task waits. That task sees to what may wait or ends the answer.
+    """
+
+    def __init__(self, exchange: Exchange, sink: Sink, lease: Lease, limits: Limits) -> None:
+        self._exchange, self._sink, self._lease, self._limits = exchange, sink, lease, limits
+        self._decoder, self._size = ArenaStreamDecoder(), 0
+        self._heard_at = trio.current_time()
+
+    async def run(self) -> Finish | None:
+        """The good end of the answer, None where the sink had enough. Raises Setback, ExchangeBroken."""
+        while True:
+            data = await self._receive()
+            self._count(data)
+            try:
+                events = self._decoder.feed(data) if data else self._decoder.finish()
+            except StreamError as error:
+                raise _failed_late("final", f"The site's answer cannot be read: {error}.") from None
+            last = events.pop() if self._decoder.is_finished and events else None
+            if events:
+                if self._lease.first_byte_at is None:
+                    self._lease.first_byte_at = self._heard_at
+                if not await self._sink.deliver(events):
+                    return last if isinstance(last, Finish) and last.reason != "error" else None
+            if last is not None:
+                finish = self._judge_end(last)
+                await _read_rest(self._exchange)
+                return finish
+            if not data:
+                raise _failed_late("counts", "The site's answer was cut off.")
+            self._heard_at = trio.current_time()
+
+    async def _receive(self) -> bytes:
+        """What is not text, or cannot be delivered at once; b"" at the end."""
+        if not self._exchange.is_silent:
+            return await self._exchange.receive()  # A scope costs more than what is done in it without one.
+        has_begun = self._lease.first_byte_at is not None
+        seconds = self._limits.idle_seconds if has_begun else self._limits.first_byte_seconds
+        while True:
+            with trio.move_on_at(self._heard_at + seconds):
+                return await self._exchange.receive(self._take_now if has_begun else None)
+            # The deadline stayed where it was while text came in that was handed on at once.
+            if trio.current_time() >= self._heard_at + seconds:
+                raise _timed_out(f"The site fell silent for {seconds:g} s.")
+
+    def _take_now(self, data: bytes) -> bool:
+        """Hand on what is text and can be delivered at once; False, and nothing taken, for all else."""
+        text = self._decoder.feed_text(data)
+        if text is None or (text and not self._sink.deliver_now(text)):
+            return False
+        self._count(data)
+        return True
+
+    def _count(self, data: bytes) -> None:
+        self._heard_at = trio.current_time()
+        self._size += len(data)
+        if self._size > self._limits.answer_bytes:
+            raise _failed_late(
+                "final", f"The site's answer does not end: it has {self._size:,} bytes so far."
+            )
+
+    def _judge_end(self, last: AnswerEvent) -> Finish:
+        """The good end of an answer; raises Setback for any other."""
+        if not isinstance(last, Finish) or last.reason == "error":
+            reason = last.message if isinstance(last, Failure) else "its answer ended with an error"
+            raise _failed_late("counts", f"The site reported an error: {reason[:300]}", reply=reason)
+        # What opens a conversation may be answered with nothing, and so may what the site's moderation stops.
+        may_be_empty = self._lease.source == "bootstrap" or last.reason == "content-filter"
+        if self._lease.first_byte_at is None and not may_be_empty:
+            raise _failed_late("counts", "The site's answer was empty.")
+        return last
+
+
 class Attempt:
     """One exchange for one lease: sent, pumped into the sink, and entered in the pool's books."""
 
@@ -4386,7 +4522,7 @@ class Attempt:
         finally:
             self._bridges.gate(self._account).leave(self._lease)
             self._try.ended_seconds = self._lease.seconds()
-            if self._lease.first_byte_at:
+            if self._lease.first_byte_at is not None:
                 self._try.first_byte_seconds = self._lease.seconds(self._lease.first_byte_at)
         if self._lease.session:
             self._pool.note_use(self._session)
@@ -4412,19 +4548,20 @@ class Attempt:
         """Send, read the head, and pump the body into the sink."""
         with self._send(messages) as exchange:
             try:
-                with trio.fail_after(self._limits.first_byte_seconds):
-                    head = await exchange.head()
-                    if head.status != 200:
-                        headers = {name.lower(): value for name, value in head.headers.items()}
-                        refusal = read_refusal(head.status, headers, await _read_reply(exchange))
-                        raise self._take_refusal(refusal)
-                self._bridges.note_accepted(self._bridge, self._lease)
-                return await self._pump(exchange, sink)
+                with trio.move_on_after(self._limits.first_byte_seconds) as patience:
+                    await self._check_head(await exchange.head(), exchange)
+                if patience.cancelled_caught:
+                    raise _timed_out(f"The site sent nothing within {self._limits.first_byte_seconds:g} s.")
+                return await Pump(exchange, sink, self._lease, self._limits).run()
             except ExchangeBroken as broken:
                 raise _tell_broken(broken) from None
-            except trio.TooSlowError:
-                message = f"The site sent nothing within {self._limits.first_byte_seconds:g} s."
-                raise _timed_out(message) from None
+
+    async def _check_head(self, head: Head, exchange: Exchange) -> None:
+        """Raises Setback for a refusal."""
+        if head.status != 200:
+            headers = {name.lower(): value for name, value in head.headers.items()}
+            raise self._take_refusal(read_refusal(head.status, headers, await _read_reply(exchange)))
+        self._bridges.note_accepted(self._bridge, self._lease)
 
     def _take_refusal(self, refusal: Refusal) -> Setback:
         """Draw the consequences of a refusal; the Setback says how the request goes on."""
@@ -4439,58 +4576,6 @@ class Attempt:
             self._pool.retire(self._session, f"the site answered {refusal.status}")
             setback.course = "free"
         return setback
-
-    async def _pump(self, exchange: Exchange, sink: Sink) -> Finish | None:
-        """Decode the body into the sink as it arrives, until its end or until the sink has enough (None).
-
-        Raises Setback when it ends without a good end.
-        """
-        with trio.CancelScope() as patience:
-            return await self._pump_patiently(exchange, sink, patience)
-        raise _timed_out(f"The site fell silent for {self._patience_seconds:g} s.")
-
-    @property
-    def _patience_seconds(self) -> float:
-        return self._limits.idle_seconds if self._lease.first_byte_at else self._limits.first_byte_seconds
-
-    async def _pump_patiently(
-        self, exchange: Exchange, sink: Sink, patience: trio.CancelScope
-    ) -> Finish | None:
-        """`patience` has a deadline while the site is waited for: to move one is cheaper than a new scope."""
-        lease, decoder, size = self._lease, ArenaStreamDecoder(), 0
-        while True:
-            patience.deadline = trio.current_time() + self._patience_seconds
-            data = await exchange.receive()
-            patience.deadline = math.inf
-            size += len(data)
-            if size > self._limits.answer_bytes:
-                raise _failed_late("final", f"The site's answer does not end: it has {size:,} bytes so far.")
-            try:
-                events = decoder.feed(data) if data else decoder.finish()
-            except StreamError as error:
-                raise _failed_late("final", f"The site's answer cannot be read: {error}.") from None
-            last = events.pop() if decoder.is_finished and events else None
-            if events:
-                lease.first_byte_at = lease.first_byte_at or trio.current_time()
-                if not await sink.deliver(events):
-                    return last if isinstance(last, Finish) and last.reason != "error" else None
-            if last is not None:
-                finish = self._judge_end(last)
-                await _read_rest(exchange)
-                return finish
-            if not data:
-                raise _failed_late("counts", "The site's answer was cut off.")
-
-    def _judge_end(self, last: AnswerEvent) -> Finish:
-        """The good end of an answer; raises Setback for any other."""
-        if not isinstance(last, Finish) or last.reason == "error":
-            reason = last.message if isinstance(last, Failure) else "its answer ended with an error"
-            raise _failed_late("counts", f"The site reported an error: {reason[:300]}", reply=reason)
-        # What opens a conversation may be answered with nothing, and so may what the site's moderation stops.
-        may_be_empty = self._lease.source == "bootstrap" or last.reason == "content-filter"
-        if not self._lease.first_byte_at and not may_be_empty:
-            raise _failed_late("counts", "The site's answer was empty.")
-        return last
 
 
 class Relay:
@@ -5745,11 +5830,11 @@ class Metrics:
 # HTTP API
 # ==========================================================================================================
 #
-# Quart serves everything but the answers themselves. A chat answer is written straight to the ASGI
-# connection, from the task that reads the bridge: it may wait minutes for its first byte, must notice a
-# client that leaves at any moment, and is where the cost of a chunk is. `ApiConnection` is where both meet:
-# it admits a request (host, key, origin), gives it its id, and renders its error, if nothing has been sent
-# yet.
+# Requests in the one form that nearly all clients send are read by `HttpConnection`; what is written
+# otherwise is Hypercorn's. Quart serves everything but the answers themselves. Those go straight to the
+# connection: an answer may wait minutes for its first byte, must notice a client that leaves at any moment,
+# and is where the cost of a chunk is. `ApiConnection` is where all meet: it admits a request (host, key,
+# origin), gives it its id, and renders its error, if nothing has been sent yet.
 #
 # One nursery a chat request: the task that answers, one that attends to the client (its leaving, keep-
 # alives), and for a stream the one that writes.
@@ -5788,11 +5873,10 @@ def read_plain_head(data: bytes) -> tuple[dict[str, Any], int, bytes] | None:
             return None
         headers.append((header[1].lower(), header[2]))
     named = dict(headers)
-    names = [name for name, _ in headers]
     length = named.get(b"content-length", b"0")
     is_plain = (
-        names.count(b"host") == 1
-        and names.count(b"content-length") <= 1
+        len(named) == len(headers)
+        and b"host" in named
         and _LENGTH.fullmatch(length)
         and named.get(b"connection", b"keep-alive").lower() == b"keep-alive"
         and not named.keys() & {b"transfer-encoding", b"expect", b"upgrade"}
@@ -5878,8 +5962,8 @@ class HttpConnection:
             patience.deadline = trio.current_time() + self._settings.keep_alive_timeout
             self._buffer = self._buffer or await self._receive_some()
             patience.deadline = math.inf
-            if not self._buffer:
-                return
+            if not self._buffer or patience.cancel_called:
+                return  # A request that came as the deadline did was not begun: the client may send it again.
             head = read_plain_head(self._buffer)
             if head is None:
                 await OddConnection(self._app, self._settings, self._stream, self._buffer)
@@ -6146,6 +6230,14 @@ class Reply:
     async def show(self, index: int, events: Sequence[AnswerEvent]) -> None:
         """Take what an answer shows. A whole reply waits for all of it."""
 
+    @property
+    def can_show_now(self) -> bool:
+        """Whether text can be taken without waiting for anything."""
+        return True
+
+    def show_now(self, index: int, text: str) -> None:
+        """Take text that an answer shows, when that can be done."""
+
     def close(self, index: int, answer: Answer) -> None:
         """Take the end of one of several answers."""
 
@@ -6310,6 +6402,14 @@ class StreamedReply(Reply):
         while len(self._outbox) > self.OUTBOX_LIMIT_BYTES:
             await self._wait_for_client(self._emptied.park)
 
+    @property
+    def can_show_now(self) -> bool:
+        return self.http.has_started and not self._is_writing and not self._is_complete
+
+    def show_now(self, index: int, text: str) -> None:
+        self._begun.add(index)
+        self._put(self._encoders[index].text(text))
+
     def close(self, index: int, answer: Answer) -> None:
         self._begun.add(index)
         del self._open[index]
@@ -6357,6 +6457,12 @@ class Choice:
             await self._reply.show(self._index, shown)
         return self.answer.cut is None
 
+    def deliver_now(self, text: str) -> bool:
+        if not self._reply.can_show_now or not self.answer.take_text(text):
+            return False
+        self._reply.show_now(self._index, text)
+        return True
+
     async def _keep(self, event: AnswerEvent, files: MediaFiles) -> AnswerEvent:
         own_url = f"http://{self._reply.http.headers['host']}"
         return await files.keep(event, own_url) if isinstance(event, Media) else event
@@ -6401,7 +6507,7 @@ class Running:
     def describe(self, place: int | None) -> dict[str, object]:
         """What a dashboard shows of it; `place` is its own in the model's queue, counted from 1."""
         lease, texts = self.leases[0], self.choices[0].answer.texts
-        if lease.first_byte_at:
+        if lease.first_byte_at is not None:
             state = "streaming"
         elif lease.has_token:
             state = "waiting_for_first_byte"
@@ -6453,7 +6559,7 @@ class Running:
         """Its whole story; of several choices, the first byte and the longest wait count."""
         now = trio.current_time()
         http, asked, leases = self.reply.http, self.reply.asked, self.leases
-        first_bytes = [lease.first_byte_at for lease in leases if lease.first_byte_at]
+        first_bytes = [lease.first_byte_at for lease in leases if lease.first_byte_at is not None]
         usage = sum_usage([choice.answer for choice in self.choices]) if status == 200 else None
         contents = self._contents() if has_contents else {}
         return RequestEnded(

@@ -22,6 +22,7 @@ from lmarena_proxy import (
     AnswerRequest,
     ArenaStreamDecoder,
     Catalog,
+    Choice,
     ChunkEncoder,
     EventBus,
     Exchange,
@@ -29,9 +30,11 @@ from lmarena_proxy import (
     HttpConnection,
     HttpRequest,
     Lease,
+    Limits,
     Message,
     Model,
     PoolConfig,
+    Pump,
     RequestsConfig,
     SessionPool,
     Store,
@@ -41,6 +44,7 @@ from lmarena_proxy import (
 
 CHUNKS = 200
 LINES = [b"a0:" + json.dumps(f"piece {number}, 你好").encode() + b"\n" for number in range(CHUNKS)]
+LIMITS = Limits(10, 10, 10, 10, 10, 10, 10, attempts=1)
 ASKED = AnswerRequest(model="m", messages=[Message("user", "Hello")], paths=["messages[0]"], stream=True)
 
 
@@ -95,9 +99,7 @@ class Connection:
         return len(data)
 
 
-async def test_a_chunk_is_written_in_few_calls_and_without_a_task_switch() -> None:
-    connection, reached = Connection(), []
-
+async def streamed_reply(connection: Connection, reached: list[str]) -> StreamedReply:
     async def receive() -> Any:
         return {"type": "http.request", "body": b"{}"}
 
@@ -107,7 +109,12 @@ async def test_a_chunk_is_written_in_few_calls_and_without_a_task_switch() -> No
     scope = {"method": "POST", "path": "/", "headers": [], "http_version": "1.1"}
     http = HttpRequest(scope | {"state": {HttpConnection.STATE_KEY: connection}}, receive, send)
     await http.read_body(1 << 20)
-    reply = StreamedReply(http, ASKED, RequestsConfig())
+    return StreamedReply(http, ASKED, RequestsConfig())
+
+
+async def test_a_chunk_is_written_in_few_calls_and_without_a_task_switch() -> None:
+    connection, reached = Connection(), []  # type: ignore[var-annotated]
+    reply = await streamed_reply(connection, reached)
     events = [Text("piece")]
     await reply.show(0, events)
 
@@ -119,6 +126,26 @@ async def test_a_chunk_is_written_in_few_calls_and_without_a_task_switch() -> No
     assert calls_per_chunk(work) <= 17  # It is 15, of which three are `suppress`.
     assert connection.written.count(b"piece") == CHUNKS + 1
     assert reached == ["http.response.start"]
+
+
+async def test_a_chunk_goes_from_the_bridge_to_the_socket_in_few_calls_and_without_a_task_switch() -> None:
+    connection, reached = Connection(), []  # type: ignore[var-annotated]
+    reply = await streamed_reply(connection, reached)
+    exchange, lease = Exchange(1), Lease("req_1", Model(id="m-1", name="m"))
+    choice = Choice(reply, 0, Answer(ASKED, RequestsConfig()), lease, None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Pump(exchange, choice, lease, LIMITS).run)
+        exchange.feed(LINES[0])
+        await trio.testing.wait_all_tasks_blocked()
+
+        def work() -> None:
+            for line in LINES:
+                exchange.feed(line)
+
+        calls = calls_per_chunk(work)
+        assert connection.written.count(b"piece") == CHUNKS + 1
+        nursery.cancel_scope.cancel()
+    assert calls <= 24  # It is 22, of which six are the clock's.
 
 
 async def test_a_chunk_is_taken_from_the_bridge_in_few_calls() -> None:

@@ -1,0 +1,231 @@
+"""An answer's way from its exchange to its sink: what is handed on at once, and what the task does."""
+
+import functools
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trio.testing import MockClock
+
+from lmarena_proxy import (
+    AnswerEvent,
+    ArenaStreamDecoder,
+    Exchange,
+    ExchangeBroken,
+    Finish,
+    Lease,
+    Limits,
+    Model,
+    Pump,
+    Setback,
+    Text,
+)
+
+MODEL = Model(id="m-1", name="m")
+END = b'ad:{"finishReason":"stop"}\n'
+
+
+def limits(**fields: float) -> Limits:
+    seconds = dict.fromkeys(
+        ("queue_seconds", "rate_limit_seconds", "exchange_seconds", "total_seconds", "person_wait_seconds"),
+        100.0,
+    )
+    return Limits(**{**seconds, "first_byte_seconds": 50.0, "idle_seconds": 10.0, **fields}, attempts=1)
+
+
+class Recorder:
+    """A sink that takes text at once, or only in its own time, as `is_quick` says."""
+
+    def __init__(self, *, is_quick: bool = True, pause_seconds: float = 0) -> None:
+        self.is_quick, self.pause_seconds = is_quick, pause_seconds
+        self.events: list[AnswerEvent] = []
+        self.taken_now = 0
+        self.trouble: Exception | None = None
+
+    async def deliver(self, events: Sequence[AnswerEvent]) -> bool:
+        self.events += events
+        await trio.sleep(self.pause_seconds)
+        return True
+
+    def deliver_now(self, text: str) -> bool:
+        if self.trouble:
+            raise self.trouble
+        if self.is_quick:
+            self.events.append(Text(text))
+            self.taken_now += 1
+        return self.is_quick
+
+    def restart(self) -> bool:
+        return False
+
+
+def text_of(events: Sequence[AnswerEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def line(text: str) -> bytes:
+    return b"a0:" + json.dumps(text, ensure_ascii=False).encode() + b"\n"
+
+
+def pump(exchange: Exchange, sink: Recorder, **fields: float) -> Pump:
+    return Pump(exchange, sink, Lease("req_1", MODEL), limits(**fields))
+
+
+async def run(exchange: Exchange, sink: Recorder, results: list[Any], **fields: float) -> None:
+    try:
+        results.append(await pump(exchange, sink, **fields).run())
+    except (Setback, ExchangeBroken, ValueError) as error:
+        results.append(error)
+
+
+async def test_text_is_delivered_in_the_step_that_brings_it(autojump_clock: MockClock) -> None:
+    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, results)
+        exchange.feed(line("first"))
+        await trio.testing.wait_all_tasks_blocked()
+        exchange.feed(line("second ") + line("third"))
+        assert sink.events == [Text("first"), Text("second third")]  # And no task has run since.
+        exchange.feed(b'a0:"cut')
+        exchange.feed(b' in two"\n')
+        assert len(sink.events) == 2
+        await trio.testing.wait_all_tasks_blocked()
+        exchange.feed(line("last") + END)
+        exchange.end()
+    assert text_of(sink.events) == "firstsecond thirdcut in twolast"
+    assert results == [Finish("stop")]
+    assert sink.taken_now == 1
+
+
+KINDS = st.sampled_from(
+    [
+        line("text"),
+        line("你好 😀"),
+        line(""),
+        b'a0:"\\ud83d"\na0:"\\ude00"\n',
+        b'a0:"broken \xff utf-8"\n',
+        b"a0:not json\n",
+        b"a0:7\n",
+        b'ag:"thinking"\n',
+        b'a2:[{"type":"image","image":"https://x/y.png"}]\n',
+        b"zz:{}\n",
+        b"\n",
+        b'b0:"of the other side"\n',
+        b'a0:"with a carriage return"\r\n',
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(KINDS, max_size=12), st.lists(st.integers(0, 500), max_size=8), st.randoms(use_true_random=False)
+)
+def test_whatever_is_handed_on_by_whom_all_arrives_in_order(
+    lines: list[bytes], cuts: list[int], chance: random.Random
+) -> None:
+    body = line("begin") + b"".join(lines) + END
+    places = sorted({0, *(cut % len(body) for cut in cuts), len(body)})
+    pieces = [body[start:end] for start, end in itertools.pairwise(places)]
+    sink, results = Recorder(), []  # type: ignore[var-annotated]
+
+    async def play() -> None:
+        exchange = Exchange(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run, exchange, sink, results)
+            for piece in pieces:
+                sink.is_quick = chance.random() < 0.7
+                sink.pause_seconds = chance.choice((0, 0, 0.01))
+                exchange.feed(piece)
+                if chance.random() < 0.6:
+                    await trio.sleep(chance.choice((0, 0.005, 0.02)))
+            exchange.end()
+
+    trio.run(play, clock=MockClock(autojump_threshold=0))
+    expected = ArenaStreamDecoder().feed(body)
+    assert results == [expected.pop()]
+    assert text_of(sink.events) == text_of(expected)
+    others = [event for event in sink.events if not isinstance(event, Text)]
+    assert others == [event for event in expected if not isinstance(event, Text)]
+
+
+async def test_text_that_is_handed_on_at_once_keeps_the_answer_alive(autojump_clock: MockClock) -> None:
+    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, results)
+        for _ in range(8):
+            exchange.feed(line("more"))
+            await trio.sleep(7)
+        fed_at = trio.current_time() - 7
+    assert sink.taken_now == 7
+    assert str(results[0]) == "The site fell silent for 10 s."
+    assert trio.current_time() == pytest.approx(fed_at + 10)
+
+
+async def test_until_the_first_text_patience_is_longer(autojump_clock: MockClock) -> None:
+    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, results)
+        await trio.sleep(1)
+        exchange.feed(line(""))
+        await trio.sleep(40)
+        exchange.feed(line("first"))
+        began_at = trio.current_time()
+    assert str(results[0]) == "The site fell silent for 10 s."
+    assert trio.current_time() == pytest.approx(began_at + 10)
+
+
+async def test_a_slow_sink_is_not_the_sites_silence(autojump_clock: MockClock) -> None:
+    exchange, sink, results = Exchange(1), Recorder(is_quick=False, pause_seconds=60), []  # type: ignore[var-annotated]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, results)
+        for text in "abc":
+            exchange.feed(line(text))
+            await trio.sleep(65)
+        exchange.feed(END)
+    assert results == [Finish("stop")]
+    assert text_of(sink.events) == "abc"
+
+
+async def test_trouble_in_the_sink_is_its_own_requests() -> None:
+    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, results)
+        exchange.feed(line("first"))
+        await trio.testing.wait_all_tasks_blocked()
+        sink.trouble = ValueError("no such encoder")
+        exchange.feed(line("second"))  # The bridge, which calls this, sees nothing of it.
+    assert results == [sink.trouble]
+
+
+async def test_an_answer_without_end_is_cut_off_wherever_its_text_goes() -> None:
+    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(functools.partial(run, answer_bytes=1 << 20), exchange, sink, results)
+        nursery.start_soon(feed_endlessly, exchange, results)
+    assert "does not end" in str(results[0])
+    assert sink.taken_now
+
+
+async def feed_endlessly(exchange: Exchange, results: list[Any]) -> None:
+    while not results:
+        exchange.feed(line("x" * 1000))
+        await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_after_a_cancellation_nothing_is_handed_on(autojump_clock: MockClock) -> None:
+    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, results)
+        exchange.feed(line("first"))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    exchange.feed(line("second"))
+    assert sink.events == [Text("first")]
+    assert results == []
