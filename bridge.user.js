@@ -35,7 +35,8 @@
   const PROTOCOL = 1;
   const VERSION = "1.0.0";
   const CLOSED_FOR_REINSTALL = 4001;
-  const OPEN = 1; // of a WebSocket
+  const CONNECTING = 0; // of a WebSocket
+  const OPEN = 1;
   const SHARED_NAME = "lmarena_proxy bridge"; // of the lock and of the channel between tabs
   const CHECK_TITLE = "Just a moment...";
   const HEAD_BYTES = 8; // of a record: uint32 id, uint32 length
@@ -47,6 +48,8 @@
   const FIRST_RETRY_MS = 1000;
   const LAST_RETRY_MS = 30000;
   const LEAST_PATIENCE_MS = 3000; // a busy page looks late
+  const ASKING_MS = 3000; // Windows takes two to say that nobody listens: what takes longer waits for the person
+  const CLOSE_MS = 1000; // so late after its error a WebSocket's close may come
   const SILENT_BEATS = 3; // the program gives up a connection after two: by then its end is gone
   const RELOAD_PAUSE_MS = 50000; // the program asks at most once a minute; its clock and this one differ
   const CAPTURES_KEPT = 50;
@@ -183,6 +186,13 @@
   // unfolds it, which is remembered; where they are needed it unfolds by itself. `data-status` on the host carries the
   // status word, for tests.
 
+  // Browsers have their own words for the permission to reach this computer; Firefox has no userAgentData.
+  const UNBLOCK =
+    "userAgentData" in navigator
+      ? ["switch on “Apps on device” (or “Local network access”)", "打开“设备上的应用”（或“本地网络访问”）"]
+      : ["remove the block of “Access this device”", "移除对“访问此设备”的阻止"];
+  const IN_BRAVE = "brave" in navigator; // its Shields may refuse without a word
+
   /** Status: colour, English, Chinese. @type {Record<string, [string, string, string]>} */
   const TEXTS = {
     connecting: ["grey", "Connecting to the program …", "正在连接本机程序……"],
@@ -201,13 +211,20 @@
       "The sign-in has expired: please reload this page, and sign in if it asks.",
       "登录已失效：请刷新此页面，如有提示请重新登录。",
     ],
-    not_running: ["red", `The program is not running at ${BRIDGE_URL}`, `本机程序未在 ${BRIDGE_URL} 运行。`],
-    permission_prompt: ["amber", "Please allow access when the browser asks.", "浏览器询问时，请允许访问。"],
+    not_running: [
+      "red",
+      `The program is not running at ${BRIDGE_URL}${IN_BRAVE ? ", or Brave blocks it: try with Shields down." : ""}`,
+      `本机程序未在 ${BRIDGE_URL} 运行${IN_BRAVE ? "，或被 Brave 阻止：请试着关闭 Shields。" : "。"}`,
+    ],
+    permission_prompt: [
+      "amber",
+      "The browser asks whether this site may reach apps on this device: please allow it.",
+      "浏览器正在询问是否允许此网站访问此设备上的应用：请点击“允许”。",
+    ],
     permission_denied: [
       "red",
-      "The browser blocks the connection. Open the site settings (icon left of the address), allow local network " +
-        "access (apps on this device), and reload.",
-      "浏览器阻止了连接。请打开网站设置（地址左侧的图标），允许“本地网络访问”（此设备上的应用），然后刷新页面。",
+      `The browser blocks the connection. Click the icon left of the address, ${UNBLOCK[0]}, and reload this page.`,
+      `浏览器阻止了连接。请点击地址左侧的图标，${UNBLOCK[1]}，然后刷新此页面。`,
     ],
     policy_forbids: [
       "red",
@@ -768,8 +785,17 @@
       const message = typeof data === "string" ? parse(data) : null;
       if (message?.type in commands) commands[message.type](link, message);
     });
+    // Safari refuses ws:// from an https page with this alone: no close follows.
+    listen(socket, "error", () =>
+      setTimeout(() => {
+        if (opened || link.over) return;
+        tab.trouble = "policy_forbids";
+        hangUp(link, 0);
+      }, CLOSE_MS),
+    );
+    setTimeout(() => noticeQuestion(() => !link.over && socketState(socket) === CONNECTING), ASKING_MS);
     listen(socket, "close", (/** @type {CloseEvent} */ event) => {
-      if (!opened && !link.over && tab.role === "leading") void diagnose();
+      if (!opened && !link.over && tab.role === "leading") void diagnose(now() - link.heardAt > ASKING_MS);
       hangUp(link, closeCode(event));
     });
     render();
@@ -827,28 +853,41 @@
     return null;
   };
 
+  /** A connection that the browser asks about stays as it is until the person has answered.
+   * @param {() => boolean} isWaiting */
+  const noticeQuestion = async (isWaiting) => {
+    const permission = isWaiting() ? await localNetworkPermission() : null;
+    if (permission?.state !== "prompt" || !isWaiting()) return;
+    tab.trouble = "permission_prompt";
+    render();
+  };
+
   let diagnosing = false;
 
-  /** Finds out why the connection did not open. Neither the WebSocket nor the program can tell. */
-  const diagnose = async () => {
+  /** Finds out why the connection did not open. Neither the WebSocket nor the program can tell.
+   * @param {boolean} hasAsked whether it took so long that the browser has asked the person */
+  const diagnose = async (hasAsked) => {
     if (diagnosing) return;
     diagnosing = true;
     let permission = await localNetworkPermission();
-    if (permission?.state === "prompt") {
+    if (permission?.state === "prompt" && !hasAsked) {
+      const askedAt = now();
       try {
         // This raises the browser's question where the WebSocket alone does not, and stays open until it is answered.
         const asked = fetch(new URL("/health", INSTALL_URL), { mode: "no-cors", credentials: "omit" });
-        tab.trouble ??= "permission_prompt";
-        render();
+        setTimeout(() => noticeQuestion(() => diagnosing), ASKING_MS);
         await asked;
         retryNow();
       } catch {
         permission = await localNetworkPermission();
+        hasAsked = now() - askedAt > ASKING_MS;
       }
     }
     diagnosing = false;
     if (permission) permission.onchange = retryNow;
-    tab.trouble = permission?.state === "denied" ? "permission_denied" : "not_running";
+    tab.trouble = "not_running";
+    if (permission?.state === "denied") tab.trouble = "permission_denied";
+    if (permission?.state === "prompt" && hasAsked) tab.trouble = "permission_prompt"; // closed without an answer
     if (tab.policyForbids) tab.trouble = "policy_forbids";
     render();
   };

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import socket
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -914,11 +915,101 @@ def test_a_browser_that_blocks_the_local_network_is_named(
             page = profile.new_page()
             sign_in(page)
             wait_status(page, "permission_denied")
+            assert "“Apps on device”" in said(page)
             profile.grant_permissions(["local-network-access"], origin=SITE)
             wait_status(page, "ready")
             assert bridge.connection().first("hello")["state"] == "ready"
     finally:
         public.browser.close()
+
+
+def test_a_question_of_the_browser_is_named_until_it_is_answered(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    """No browser without a window asks, so the program keeps the call waiting, as the question would."""
+    bridge.stop()
+    with browser.profile(bridge) as profile:
+        page = profile.new_page()
+        with socket.create_server(("127.0.0.1", bridge.port)):
+            sign_in(page)
+            wait_status(page, "permission_prompt")
+            assert "please allow it" in said(page)
+        bridge.start()
+        wait_status(page, "ready")
+
+
+def knowing(name: str, state: str) -> str:
+    """A browser that knows this one name for the permission."""
+    return f"""navigator.permissions.query = async ({{ name }}) => {{
+      if (name !== "{name}") throw new TypeError(name);
+      return {{ state: "{state}" }};
+    }};"""
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "words"),
+    [
+        (knowing("loopback-network", "denied"), "permission_denied", "“Apps on device”"),
+        (knowing("local-network", "denied"), "permission_denied", "“Apps on device”"),
+        (knowing("local-network-access", "denied"), "permission_denied", "“Local network access”"),
+        (knowing("loopback-network", "prompt"), "not_running", "is not running"),  # refused: it never asked
+        (knowing("loopback-network", "granted"), "not_running", "is not running"),
+        (knowing("another", "denied"), "not_running", "is not running"),
+    ],
+    ids=["loopback", "local", "old-name", "prompt", "granted", "no-name"],
+)
+def test_the_permission_is_known_by_any_of_its_names(
+    browser: UserscriptBrowser,
+    arena: ArenaProcess,
+    bridge: ScriptedBridge,
+    before: str,
+    status: str,
+    words: str,
+) -> None:
+    bridge.stop()
+    with browser.profile(bridge, before) as profile:
+        page = profile.new_page()
+        sign_in(page)
+        wait_status(page, status)
+        assert words in said(page)
+
+
+def test_the_badge_has_the_words_of_firefox(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    bridge.stop()
+    firefox = "delete Navigator.prototype.userAgentData;" + knowing("loopback-network", "denied")
+    with browser.profile(bridge, firefox) as profile:
+        page = profile.new_page()
+        sign_in(page)
+        wait_status(page, "permission_denied")
+        assert "“Access this device”" in said(page)
+
+
+def test_the_badge_has_a_word_on_brave_s_shields(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    bridge.stop()
+    with browser.profile(bridge, "navigator.brave = {};") as profile:
+        page = profile.new_page()
+        sign_in(page)
+        wait_status(page, "not_running")
+        assert "Shields" in said(page)
+
+
+def test_a_browser_that_refuses_the_connection_without_closing_it_is_named(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    """As WebKit does with `ws://` on an https page: there is an error, and then nothing."""
+    bridge.stop()
+    webkit = """const listen = EventTarget.prototype.addEventListener;
+      EventTarget.prototype.addEventListener = function (type, ...rest) {
+        if (!(this instanceof WebSocket && type === "close")) listen.call(this, type, ...rest);
+      };"""
+    with browser.profile(bridge, webkit) as profile:
+        page = profile.new_page()
+        sign_in(page)
+        wait_status(page, "policy_forbids")
 
 
 # ==== Badge =================================================================================================
