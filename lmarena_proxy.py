@@ -4839,6 +4839,7 @@ CHINESE = {
     "Parameters that have no effect here (said once): {names}": "在此不起作用的参数（只提示一次）：{names}",
     "Request {request_id}: the client does not read any more": "请求 {request_id}：客户端不再读取",
     "Request {request_id} met an error in the program": "请求 {request_id} 遇到程序错误",
+    "A request met an error in the program": "一个请求遇到程序错误",
     "Request {request_id}: the client did not read its error": "请求 {request_id}：客户端没有读取错误信息",
     "A client's connection broke: {error}": "一个客户端连接出错：{error}",
     "A page met an error in the program": "一个页面遇到程序错误",
