@@ -45,6 +45,21 @@ The file is read downward, once: a definition is used only below itself. Its sec
 
 import os
 import sys
+from importlib.util import find_spec
+
+if __name__ == "__main__":
+    # What keeps it from starting here is told in one line. For this all of the file compiles with Python 3.8.
+    oldest, running, trouble = (3, 11), sys.version.split()[0], ""
+    libraries = "httpx hypercorn msgspec prometheus_client quart quart_trio rich trio trio_websocket".split()
+    if sys.version_info < oldest:
+        trouble = f"Python 3.11 or newer is needed, and this is {running}: install one, and start with it."
+        trouble += f" 无法启动：需要 Python 3.11 或更高版本，当前为 {running}，请安装后用它启动。"
+    elif missing := ", ".join(name for name in libraries if not find_spec(name)):
+        trouble = f"{missing} not found. 无法启动：缺少这些库。To install them, 请安装: "
+        trouble += f"{sys.executable} -m pip install -r requirements.txt"
+    if trouble:
+        print("Cannot start:", trouble, file=sys.stderr)
+        sys.exit(2)
 
 if __name__ == "__main__" and os.name == "posix" and sys.orig_argv[1:] == sys.argv and not sys.gettrace():
     # Begin again as a module, in the same process: of a script Python keeps the whole syntax tree as long as
@@ -223,6 +238,17 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
             yield from leaves(each)
     else:
         yield error
+
+
+def first_of(group: BaseExceptionGroup[BaseException], *kinds: type[Exception]) -> BaseException:
+    """The first of these failures in what a nursery raised.
+
+    Raises the others if there are any: neither a cancellation nor an error in the program ends here.
+    """
+    others = group.split(kinds)[1]
+    if others:
+        raise others from None
+    return next(leaves(group))
 
 
 # ==========================================================================================================
@@ -1233,20 +1259,18 @@ def _read_file(file: InputFile, path: str) -> Attachment:
 
 
 def _read_part(part: ContentPart | str, path: str) -> str | Attachment:
-    match part:
-        case str():
-            return part
-        case ContentPart(type="text", text=str(text)):
-            return text
-        case ContentPart(type="refusal", refusal=str(text)):
-            return text
-        case ContentPart(type="image_url", image_url=ImageUrl(url) | str(url)):
-            return _read_image(url, f"{path}.image_url")
-        case ContentPart(type="file", file=InputFile() as file):
-            return _read_file(file, f"{path}.file")
-        case ContentPart(type="text" | "image_url" | "file" | "refusal" as kind):
-            raise ClientError(f"{path}: a part of type {kind!r} needs its {kind}.", param=path)
-    raise ClientError(f"{path}: a part of type {part.type!r} is not supported.", param=path)
+    if isinstance(part, str):
+        return part
+    kind = part.type
+    if kind not in ("text", "refusal", "image_url", "file"):
+        raise ClientError(f"{path}: a part of type {kind!r} is not supported.", param=path)
+    content: str | ImageUrl | InputFile | None = getattr(part, kind)
+    if content is None:
+        raise ClientError(f"{path}: a part of type {kind!r} needs its {kind}.", param=path)
+    if isinstance(content, InputFile):
+        return _read_file(content, f"{path}.file")
+    text = content.url if isinstance(content, ImageUrl) else content
+    return _read_image(text, f"{path}.image_url") if kind == "image_url" else text
 
 
 def _take_images_out(text: str, attachments: list[Attachment]) -> str:
@@ -1277,11 +1301,11 @@ def _read_message(message: ChatMessage, path: str) -> Message:
     for place, part in enumerate(parts):
         if len(attachments) > MAX_IMAGES:
             break
-        match _read_part(part, f"{path}[{place}]"):
-            case str(text):
-                texts.append(text if role == "system" else _take_images_out(text, attachments))
-            case attachment:
-                attachments.append(attachment)
+        read = _read_part(part, f"{path}[{place}]")
+        if isinstance(read, Attachment):
+            attachments.append(read)
+        else:
+            texts.append(read if role == "system" else _take_images_out(read, attachments))
     calls = [ToolCall(message.function_call), *(message.tool_calls or ())]
     texts += [call.text for call in calls]
     return Message(role, "\n\n".join(filter(None, texts)), tuple(attachments))
@@ -1551,21 +1575,20 @@ class Answer:
         for event in events:
             if self.cut:
                 break
-            match event:
-                case Text(text) if self.take_text(text):
-                    self._shown.append(event)
-                case Text(text):
-                    self._show_text(self._stops.feed(text) if self._stops else text)
-                    if self._stops and self._stops.is_found:
-                        self.cut = self.cut or "stop"
-                case Reasoning(text):
-                    self._show_reasoning(text)
-                case Media():
-                    self._let_go()
-                    self._show_media(event)
-                case Source():
-                    self.sources.append(event)
-                    self._shown.append(event)
+            if isinstance(event, Text) and self.take_text(event.text):
+                self._shown.append(event)
+            elif isinstance(event, Text):
+                self._show_text(self._stops.feed(event.text) if self._stops else event.text)
+                if self._stops and self._stops.is_found:
+                    self.cut = self.cut or "stop"
+            elif isinstance(event, Reasoning):
+                self._show_reasoning(event.text)
+            elif isinstance(event, Media):
+                self._let_go()
+                self._show_media(event)
+            elif isinstance(event, Source):
+                self.sources.append(event)
+                self._shown.append(event)
         return self._take_shown()
 
     def take_text(self, text: str) -> bool:
@@ -1785,13 +1808,12 @@ class ChunkEncoder:
         self._after = b',"finish_reason":null}]}\n\n'
 
     def event(self, event: AnswerEvent) -> bytes:
-        match event:
-            case Text(text):
-                return self.text(text)
-            case Reasoning(text):
-                return self._in_pieces(self._reasoning_fields, text)
-            case Source():
-                return self.delta(Delta(annotations=[cite(event)]))
+        if isinstance(event, Text):
+            return self.text(event.text)
+        if isinstance(event, Reasoning):
+            return self._in_pieces(self._reasoning_fields, event.text)
+        if isinstance(event, Source):
+            return self.delta(Delta(annotations=[cite(event)]))
         raise TypeError(f"{event!r} is not shown as it is")
 
     def delta(self, delta: Delta) -> bytes:
@@ -2860,8 +2882,8 @@ class MediaFiles:
                 for path, row in zip(asked.paths, rows, strict=True):
                     for place in range(len(row)):
                         nursery.start_soon(attach_one, path, row, place)
-        except* ClientError as group:
-            failure = next(leaves(group))
+        except BaseExceptionGroup as group:
+            failure = first_of(group, ClientError)
         else:
             complete = zip(asked.messages, rows, strict=True)
             return [msgspec.structs.replace(message, attachments=tuple(row)) for message, row in complete]
@@ -4215,17 +4237,16 @@ class BridgeListener:
                 await connection.aclose()
 
     def _take_frame(self, bridge: Bridge, hello: trio.CancelScope, frame: BrowserFrame) -> None:
-        match frame:
-            case Hello():
-                hello.deadline = math.inf
-                self._welcome(bridge, frame)
-            case State():
-                self._bridges.note_state(bridge, frame.state, frame.account)
-            case Models():
-                self._merge_models(frame.models)
-            case Captured():
-                assert self._nursery is not None
-                self._nursery.start_soon(self._capture, frame)
+        if isinstance(frame, Hello):
+            hello.deadline = math.inf
+            self._welcome(bridge, frame)
+        elif isinstance(frame, State):
+            self._bridges.note_state(bridge, frame.state, frame.account)
+        elif isinstance(frame, Models):
+            self._merge_models(frame.models)
+        elif isinstance(frame, Captured):
+            assert self._nursery is not None
+            self._nursery.start_soon(self._capture, frame)
 
     def _welcome(self, bridge: Bridge, hello: Hello) -> None:
         if hello.protocol != PROTOCOL:
@@ -4613,20 +4634,20 @@ class Relay:
         """
         if self._pool.acquire_nowait(lease):
             return
-        refusal: Exception | None = None
         try:
             with trio.fail_after(limits.queue_seconds):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._watch_obstacles, limits.person_wait_seconds)
                     await self._pool.acquire(lease)
                     nursery.cancel_scope.cancel()
-        except* BridgeError as group:
-            refusal = group.exceptions[0]
-        except* trio.TooSlowError:
+        except trio.TooSlowError:
             waited = f"All conversations of {lease.model.name} were busy for {limits.queue_seconds:g} s."
-            refusal = ArenaError(waited, status=429, code="queue_timeout", retry_after=5)
-        if refusal:
-            raise refusal
+            raise ArenaError(waited, status=429, code="queue_timeout", retry_after=5) from None
+        except BaseExceptionGroup as group:
+            refusal = first_of(group, BridgeError)
+        else:
+            return
+        raise refusal
 
     async def _watch_obstacles(self, person_wait_seconds: float) -> None:
         while True:
@@ -6659,11 +6680,10 @@ class Answers:
 
     async def _read(self, http: HttpRequest) -> AnswerRequest:
         body = await http.read_body(self._config.server.max_body_mb << 20)
-        match http.path:
-            case "/v1/images/edits":
-                return read_image_edit(body, http.headers.get("content-type", ""))
-            case "/v1/images/generations":
-                return read_image_generation(body)
+        if http.path == "/v1/images/edits":
+            return read_image_edit(body, http.headers.get("content-type", ""))
+        if http.path == "/v1/images/generations":
+            return read_image_generation(body)
         asked = read_chat(body)
         return merge_system(asked) if self._config.requests.merge_system else asked
 
@@ -6732,8 +6752,8 @@ class Answers:
             async with trio.open_nursery() as nursery:
                 for choice in choices:
                     nursery.start_soon(self._answer_one, choice, messages)
-        except* (ApiError, ClientLeft) as group:
-            failure = next(leaves(group))
+        except BaseExceptionGroup as group:
+            failure = first_of(group, ApiError, ClientLeft)
         else:
             return
         raise failure
