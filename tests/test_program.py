@@ -137,7 +137,7 @@ async def test_keys_pressed_before_the_question_do_not_answer_it(
 # ── Enter ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_opened(desk: Desk, names: tuple[str, ...] = SIX_MODELS) -> None:
+async def check_opened(desk: Desk, names: tuple[str, ...] = SIX_MODELS) -> None:
     """Four conversations for each model, no more, with the message Hi, each on console and in the log."""
     creates = desk.creates
     assert len(creates) == 4 * len(names)
@@ -145,8 +145,8 @@ def check_opened(desk: Desk, names: tuple[str, ...] = SIX_MODELS) -> None:
     assert [seen.body["messages"][0]["content"] for seen in creates] == ["Hi"] * len(creates)
     assert all(desk.arena.max_running(model_id(name)) <= 4 for name in names)
     wanted = {(seen.session_id, seen.message_id) for seen in creates}
-    shown = {(session, message) for _, session, message in SESSION_LINE.findall(desk.terminal.output)}
-    assert shown == wanted
+    # The console's lines take a moment through the terminal or the pipe.
+    await until(lambda: {found[1:] for found in SESSION_LINE.findall(desk.terminal.output)} == wanted)
     logged = [line for line in desk.terminal.log_lines() if line["event"] == "SessionOpened"]
     assert {(line["session_id"], line["message_id"]) for line in logged} == wanted
     assert {line["model"] for line in logged} == set(names)
@@ -164,7 +164,7 @@ async def test_enter_opens_four_conversations_for_every_model_and_shows_each(
         assert all((entry["sessions"], entry["idle"]) == (4, 4) for entry in state["pool"])
         output = await terminal.shows("Models: 6 ready")
         await terminal.shows("└")
-        check_opened(desk)
+        await check_opened(desk)
         for name in SIX_MODELS:
             assert re.search(rf"│ {re.escape(name)} +│ 4 +│ ready", terminal.output), output
         terminal.press("ctrl-c")
@@ -176,7 +176,7 @@ async def test_yes_answers_the_question(nursery: trio.Nursery, tmp_path: Path) -
     with desk.terminal as terminal:
         await desk.make_ready()
         await desk.phase("done")
-        check_opened(desk)
+        await check_opened(desk)
         assert PROMPT not in terminal.output
 
 
@@ -186,7 +186,7 @@ async def test_the_api_answers_the_question_as_enter_does(nursery: trio.Nursery,
         response = await desk.http.post("/api/bootstrap", json={"action": "start"})
         assert response.status_code == 202
         await desk.phase("done")
-        check_opened(desk)
+        await check_opened(desk)
 
 
 async def test_without_a_terminal_bootstrap_is_skipped_with_a_notice_and_the_api_serves(
@@ -208,7 +208,7 @@ async def test_without_a_terminal_yes_still_opens(nursery: trio.Nursery, tmp_pat
     with desk.terminal:
         await desk.make_ready()
         await desk.phase("done")
-        check_opened(desk, (CLAUDE,))
+        await check_opened(desk, (CLAUDE,))
 
 
 async def test_no_bootstrap_skips_it(nursery: trio.Nursery, tmp_path: Path) -> None:
