@@ -43,7 +43,9 @@ from demo.arena import serve as serve_arena
 from demo.twin import Twin
 
 PROMPT = "按回车键继续"
-START_LIMIT_SECONDS, IDLE_LIMIT_MB = 1.5, 60
+START_LIMIT_SECONDS = 1.5
+# Newer Pythons take a little more themselves: the same program has 59.8 MB with 3.11, 60.3 and 61.0 after it.
+IDLE_LIMIT_MB = 60 if sys.version_info < (3, 12) else 62
 SLOW_GUARD = 4  # a machine that is busy with other tests may take so many times as long
 SESSION_LINE = re.compile(r"(\S+): session (\S+) message (\S+) \(bootstrap\)")
 
@@ -405,9 +407,8 @@ async def test_after_a_kill_exactly_the_missing_conversations_are_opened(
         assert state["bootstrap"]["planned"] == state["bootstrap"]["opened"] == 24 - stored
         assert len(again.creates) - before == 24 - stored
         assert all(entry["sessions"] == 4 for entry in state["pool"])
-        opened = [session for _, session, _ in SESSION_LINE.findall(terminal.output)]
-        assert len(opened) == 24 - stored
-        assert not shown & set(opened)
+        await until(lambda: len(SESSION_LINE.findall(terminal.output)) == 24 - stored)
+        assert not shown & {session for _, session, _ in SESSION_LINE.findall(terminal.output)}
         # What was stored before the kill still answers.
         for _ in range(4):
             response = await again.http.post("/v1/chat/completions", json=request_body(CLAUDE, "Hello"))
