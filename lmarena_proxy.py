@@ -5999,7 +5999,7 @@ class HttpConnection:
             await self._app(scope, self.receive, self.send)
         except Exception:
             log.exception("A request met an error in the program")
-        if not self._has_started:
+        if not self._has_started and not self._is_last:
             headers = [(b"content-length", b"0"), (b"connection", b"close")]
             await self.send({"type": "http.response.start", "status": 500, "headers": headers})
             await self.send({"type": "http.response.body"})
@@ -6018,16 +6018,21 @@ class HttpConnection:
             if self._unread and not self._buffer:
                 self._buffer = await self._receive_some()
                 if not self._buffer:
-                    return {"type": "http.disconnect"}
+                    return self._note_left()
             body, self._buffer = self._buffer[: self._unread], self._buffer[self._unread :]
             self._unread -= len(body)
             self._has_body = not self._unread
             return {"type": "http.request", "body": body, "more_body": not self._has_body}
         while len(self._buffer) < MAX_RECV:
             if not (data := await self._receive_some()):
-                return {"type": "http.disconnect"}
+                return self._note_left()
             self._buffer += data
         return await trio.sleep_forever()
+
+    def _note_left(self) -> Any:
+        """The client has nothing more to say, which is how it leaves: it is told nothing more, either."""
+        self._is_last = True
+        return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
         """ASGI's; the head travels with the first of the body."""

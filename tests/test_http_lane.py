@@ -217,3 +217,18 @@ def test_a_plain_head_is_one_that_h11_reads_the_same_way(noise: bytes, at: int) 
         )
         assert list(event.headers) == scope["headers"]
         assert rest.startswith(server.trailing_data[0]) or length
+
+
+async def test_a_client_that_leaves_before_its_answer_is_told_nothing() -> None:
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    with trio.fail_after(60):
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        client = await trio.open_tcp_stream(*listener.socket.getsockname()[:2])
+        async with listener, client, trio.open_nursery() as nursery:
+            nursery.start_soon(HttpConnection(waits, configuration(), await listener.accept()).serve)
+            await client.send_all(streamed([1]))
+            await client.send_eof()
+            assert await client.receive_some() == b""
