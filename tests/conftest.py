@@ -22,7 +22,15 @@ LONGEST = (
 )
 
 
+# What starts a browser, or what a person would use in one, without the fixture of that name.
+LIKE_A_BROWSER = {"test_open_webui"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "playwright" in getattr(item, "fixturenames", ()) or item.path.stem in LIKE_A_BROWSER:
+            item.add_marker("browser")
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
