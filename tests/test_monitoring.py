@@ -167,7 +167,7 @@ async def test_a_dashboard_follows_a_request_from_the_queue_to_its_end(
 ) -> None:
     held = Held(monkeypatch)
     tables = {"pool": {"sessions_per_model": 1}}
-    switches = Switches(line_delay_seconds=0.4)
+    switches = Switches(line_delay_seconds=0.4, answers={"*": ["A short ", "answer"]})
     rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, switches=switches)
     states: dict[str, list[Any]] = {"first": [], "second": [], "third": []}
 

@@ -1,6 +1,6 @@
 """Everything at once for a while: clients that ask and leave, tabs that come and go, a site that fails.
 
-It takes 60 s, or as long as the environment variable SOAK_SECONDS says (`SOAK_SECONDS=3600`). The seed is
+It takes 30 s, or as long as the environment variable SOAK_SECONDS says (`SOAK_SECONDS=3600`). The seed is
 printed, and `SEED=N` repeats one as far as timing allows.
 """
 
@@ -27,7 +27,7 @@ from demo.arena import Failure, Switches
 from demo.twin import Twin
 from lmarena_proxy import ModelPool, RateLimitGate, RequestEnded
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "30"))
 MODELS = (CLAUDE, DEEPSEEK)
 CLIENTS = 10
 NOWHERE = "ws://127.0.0.1:9/"
