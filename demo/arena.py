@@ -8,6 +8,7 @@ ran at once. Control paths under `/_arena/` offer the same to another process:
     GET   /_arena/stats            what ran at once, and how calls ended
     GET   /_arena/switches         the switches as they stand
     PATCH /_arena/switches         change some of them (JSON, strictly typed)
+    GET   /_arena/uploads          every step of an upload seen, if there are uploads (`demo/uploads.py`)
     POST  /_arena/reset            forget conversations, record and switches; accounts stay
     POST  /_arena/sign_out         revoke every account for good: pages show the terms again
     POST  /_arena/expire           make every sign-in stale: calls get 401 until a page is loaded
@@ -39,6 +40,7 @@ from hypercorn.protocol.h2 import H2Protocol
 
 from demo import contract
 from demo.contract import AUTH_COOKIE, CHECK_TITLE, CLEARANCE_COOKIE, Call, Kind, Model, Refusal
+from demo.uploads import Uploads, UploadSeen, UploadSwitches, answer_or_notice
 
 PAGES = Path(__file__).parent / "pages"
 MODELS_FILE = Path(__file__).parent.parent / "models.json"
@@ -117,6 +119,9 @@ class Switches(msgspec.Struct, forbid_unknown_fields=True):
     split_cookie: bool = False  # new auth cookies come in two parts, `.0` and `.1`
     unescaped_models: bool = False  # the model list stands plain in its script
     user_message_form: Literal["both", "messages", "userMessage"] = "both"  # what a create call may bring
+
+    # Not of the contract, and so off: larger images by way of the site's storage.
+    uploads: UploadSwitches = msgspec.field(default_factory=UploadSwitches)
 
 
 class Seen(msgspec.Struct):
@@ -216,6 +221,7 @@ class Arena:
         self.accounts: dict[str, str] = {}  # access token → account, while it is not revoked
         self.refreshes: dict[str, str] = {}  # refresh token → account
         self.clearances: set[str] = set()
+        self.uploads = Uploads()
         self.forget_calls()
 
     def __repr__(self) -> str:
@@ -234,15 +240,45 @@ class Arena:
             return  # the client left before it had sent its request
         request.body = body
         kind = kind_of(request)
-        if kind is None:
-            await send_reply(send, self.reply(request))
-        else:
+        if kind is not None:
             await Exchange(self, request, kind, receive, send).run()
+        elif self.switches.uploads.offered and await self.take_upload(request, receive, send):
+            return
+        else:
+            await send_reply(send, self.reply(request))
+
+    async def take_upload(self, request: Request, receive: Receive, send: Send) -> bool:
+        """Answer a step of an upload; False when the request is none."""
+        wanted = self.switches.uploads
+        action = request.headers.get("next-action", "")
+        step = self.uploads.step_of(request.method, request.path, action, wanted.deployment)
+        if step is None or (step != "put" and self.check_due(request)):
+            return False
+        account = self.account_of(request)
+        if step == "unknown" or (step != "put" and account is None):
+            status = 404 if step == "unknown" else 401
+            await send_reply(send, json_reply({"error": "no such action"}, status))
+            return True
+        content_type = request.headers.get("content-type", "")
+        has_cookies, now = bool(request.cookies), trio.current_time()
+        seen = UploadSeen(step, account, has_cookies, now, content_type=content_type)
+        self.uploads.record.append(seen)
+
+        async def answer() -> None:
+            found = await self.uploads.answer(seen, request.path, request.origin, request.body, wanted)
+            status, body, headers = found
+            kind = headers.get("content-type", "application/json")
+            others = [(name, value) for name, value in headers.items() if name != "content-type"]
+            await send_reply(send, Reply(status, body, kind, others))
+
+        await answer_or_notice(seen, receive, answer)
+        return True
 
     # What tests and the control paths do with it.
 
     def forget_calls(self) -> None:
         self.sessions: dict[str, Conversation] = {}
+        self.uploads.forget()
         self.record: list[Seen] = []
         self.arrivals = 0
         self.running_models = Running()
@@ -321,6 +357,11 @@ class Arena:
             raise Refusal(404, f"no model for {call.modality}")
         return model
 
+    @property
+    def upload_script(self) -> str:
+        """A deployment's own, as its actions are."""
+        return f"/assets/upload-{self.switches.uploads.deployment}.js"
+
     # Browsers, accounts, pages.
 
     def account_of(self, request: Request) -> str | None:
@@ -342,6 +383,9 @@ class Arena:
                 return self.control(request)
             if request.path == "/cdn-cgi/challenge" and request.method == "POST":
                 return self.pass_check(request)
+            if self.switches.uploads.offered and request.path == self.upload_script:
+                body = self.uploads.script(page("upload.js").decode(), self.switches.uploads).encode()
+                return Reply(200, body, "text/javascript; charset=UTF-8")
             if request.path.startswith(("/media/", "/assets/")) and request.method == "GET":
                 return stored_file(request.path)
             if self.check_due(request):
@@ -413,7 +457,8 @@ class Arena:
             list(self.models.values()), escaped=not self.switches.unescaped_models
         )
         opened = msgspec.json.encode(session).decode().replace("<", "\\u003c")
-        body = page("chat.html", MODELS_SCRIPT=models, CONVERSATION=opened)
+        uploads = f'<script src="{self.upload_script}"></script>' if self.switches.uploads.offered else ""
+        body = page("chat.html", MODELS_SCRIPT=models, CONVERSATION=opened, UPLOADS=uploads)
         return Reply(200, body, "text/html; charset=UTF-8", headers)
 
     def control(self, request: Request) -> Reply:
@@ -421,6 +466,8 @@ class Arena:
             case "GET", "record":
                 since = int(request.query.get("since", ["0"])[0])
                 return json_reply([seen for seen in self.record if seen.index >= since])
+            case "GET", "uploads":
+                return json_reply(self.uploads.record)
             case "GET", "stats":
                 return json_reply(self.stats())
             case "GET", "switches":

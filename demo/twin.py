@@ -10,6 +10,7 @@ relayed fetch. A page load ends the connection, as it does in a browser: its fet
 word, and a new connection says hello with the new state.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -43,6 +44,15 @@ WRONG_PROTOCOL = 4001  # the close code of a program that speaks another version
 
 State = Literal["loading", "verification", "sign_in", "ready"]
 log = logging.getLogger("demo.twin")
+
+
+class NotUploaded(Exception):
+    """An upload brought no address: the fields of the frame that says so, or the response to pass on."""
+
+    def __init__(self, reason: str, message: str, response: httpx.Response | None = None) -> None:
+        super().__init__(message)
+        self.fields = {"reason": reason, "message": message}
+        self.response = response
 
 
 class Refused(Exception):
@@ -128,9 +138,12 @@ class Twin:
         origin: str = "https://lmarena.ai",
         backoff_seconds: tuple[float, float] = (0.1, 5.0),  # the first wait and the longest
         ssl_context: ssl.SSLContext | None = None,  # for an arena with a certificate of its own
+        features: tuple[str, ...] = ("upload",),  # none: as an older script
     ) -> None:
         self.arena_url, self.bridge_url, self.origin = arena_url.rstrip("/"), bridge_url, origin
         self.backoff_seconds = backoff_seconds
+        self.features = features
+        self.actions: dict[str, str] = {}  # the ids of the page's actions, by name
         self.path = "/"
         self.html: str | None = None  # None: the page is still loading
         self.state: State = "loading"
@@ -382,7 +395,8 @@ class Twin:
     ) -> None:
         """Say hello and do what the program asks until the connection ends. Relays run beside it."""
         hello = {"protocol": PROTOCOL, "script": SCRIPT_VERSION, "url": self.origin + self.path}
-        await outbox.put_text({"type": "hello", **hello, "state": self.state, "account": self.account})
+        hello |= {"state": self.state, "account": self.account, "features": [*self.features]}
+        await outbox.put_text({"type": "hello", **hello})
         while True:
             try:
                 frame = await connection.get_message()
@@ -394,7 +408,7 @@ class Twin:
                     self.welcomes += 1
                     self.welcomed.set()
                     await self.send_models(outbox)
-                case "fetch":
+                case "fetch" | "upload":
                     scope = self.fetches[message["id"]] = trio.CancelScope()
                     nursery.start_soon(self.relay, message, scope, outbox)
                 case "abort":
@@ -415,15 +429,17 @@ class Twin:
             await outbox.put_text({"type": "models", "models": models})
 
     async def relay(self, message: dict[str, Any], scope: trio.CancelScope, outbox: Outbox) -> None:
-        """One fetch, up to its `end` or `error`; cancelling `scope` aborts it at the arena too."""
+        """One fetch or upload, up to its last frame; cancelling `scope` aborts it at the arena too."""
         fetch_id = message["id"]
         last: dict[str, Any] = {"reason": "aborted", "message": "the program aborted it"}
         try:
             with scope:
-                last = await self.fetch(message, outbox)
+                carry_out = self.fetch if message["type"] == "fetch" else self.upload
+                last = await carry_out(message, outbox)
         finally:
             self.fetches.pop(fetch_id, None)
-        await outbox.put_text({"type": "error" if "reason" in last else "end", "id": fetch_id, **last})
+        kind = "error" if "reason" in last else "uploaded" if "url" in last else "end"
+        await outbox.put_text({"type": kind, "id": fetch_id, **last})
 
     async def fetch(self, message: dict[str, Any], outbox: Outbox) -> dict[str, str]:
         """Relay head and body; returns the fields of the closing message, none for a complete body."""
@@ -433,16 +449,70 @@ class Twin:
         headers = {"content-type": contract.CONTENT_TYPE, "accept-encoding": "identity"}
         try:
             async with self.http.stream(method, path, content=message["body"], headers=headers) as response:
-                passed = {name: response.headers[name] for name in PASSED_HEADERS if name in response.headers}
-                status = response.status_code
-                await outbox.put_text(
-                    {"type": "response", "id": fetch_id, "status": status, "headers": passed}
-                )
-                async for chunk in response.aiter_raw():
-                    await outbox.put_record(fetch_id, chunk)
+                await self.pass_on(response, fetch_id, outbox)
         except httpx.TransportError as error:
             return {"reason": "network", "message": repr(error)}
         return {}
+
+    async def pass_on(self, response: httpx.Response, fetch_id: int, outbox: Outbox) -> None:
+        passed = {name: response.headers[name] for name in PASSED_HEADERS if name in response.headers}
+        head = {"id": fetch_id, "status": response.status_code, "headers": passed}
+        await outbox.put_text({"type": "response", **head})
+        if response.is_stream_consumed:
+            await outbox.put_record(fetch_id, response.content)
+        else:
+            async for chunk in response.aiter_raw():
+                await outbox.put_record(fetch_id, chunk)
+
+    async def upload(self, message: dict[str, Any], outbox: Outbox) -> dict[str, str]:
+        """Bring an image to the site's storage; returns the fields of the closing message."""
+        content, content_type = base64.b64decode(message["data"]), message["content_type"]
+        try:
+            place = await self.call_action("generateUploadUrl", [message["name"], content_type], "uploadUrl")
+            headers = {"content-type": content_type}
+            request = self.http.build_request("PUT", place["uploadUrl"], content=content, headers=headers)
+            request.headers.pop("cookie", None)
+            put = await self.http.send(request)
+            if not put.is_success:
+                raise NotUploaded("network", f"the site's storage answered {put.status_code}")
+            return {"url": (await self.call_action("getSignedUrl", [place["key"]], "url"))["url"]}
+        except httpx.TransportError as error:
+            return {"reason": "network", "message": repr(error)}
+        except NotUploaded as end:
+            if end.response is None:
+                return end.fields
+            await self.pass_on(end.response, message["id"], outbox)
+            return {}
+
+    async def call_action(self, name: str, values: list[str], field: str) -> dict[str, str]:
+        """What an action of the page gives; its id is learned anew, once, when the site does not know it."""
+        for _ in range(2):
+            if name not in self.actions:
+                await self.learn_actions()
+            if name not in self.actions:
+                break
+            headers = {"accept": "text/x-component", "next-action": self.actions[name]}
+            headers["content-type"] = contract.CONTENT_TYPE
+            response = await self.http.post(self.path, content=json.dumps(values), headers=headers)
+            if response.status_code not in (200, 404):
+                raise NotUploaded("refused", "the site refused", response)
+            for row in re.findall(r"(?m)^[0-9a-f]+:(\{.*)$", response.text):
+                given = json.loads(row)
+                if field in given.get("data", {}):
+                    found: dict[str, str] = given["data"]
+                    return found
+                if given.get("success") is False:
+                    raise NotUploaded("refused", str(given["error"]))
+            self.actions.clear()
+        raise NotUploaded("not_offered", "the page has no upload that this script knows")
+
+    async def learn_actions(self) -> None:
+        """Look for the actions in the page's scripts. There is no browser's cache: all is loaded anew."""
+        page = await self.http.get(self.path, headers={"accept": "text/html"})
+        for source in re.findall(r'<script src="(/[^"]+)"', page.text):
+            script = await self.http.get(source)
+            for action, name in re.findall(r'createServerReference\)\("(\w+)",[^"]*"(\w+)"', script.text):
+                self.actions[name] = action
 
 
 def may_relay(path: str) -> bool:
