@@ -33,6 +33,7 @@
   const AUTH_COOKIE = "arena-auth-prod-v1";
 
   const PROTOCOL = 1;
+  const FEATURES = ["upload"]; // commands that older scripts do not know
   const VERSION = "1.0.0";
   const CLOSED_FOR_REINSTALL = 4001;
   const CONNECTING = 0; // of a WebSocket
@@ -53,6 +54,9 @@
   const SILENT_BEATS = 3; // the program gives up a connection after two: by then its end is gone
   const RELOAD_PAUSE_MS = 50000; // the program asks at most once a minute; its clock and this one differ
   const CAPTURES_KEPT = 50;
+  const LEARNING_MS = 20000; // so long the page's scripts are searched, at most
+  const SCRIPTS_SEARCHED = 200; // and so many of them, one after the other
+  const SCRIPT_BYTES = 8 << 20; // a larger one is left out
 
   // No percent sign, backslash or empty segment: what is written is what the site's router sees.
   const RELAYED_PATH = /^\/(?:nextjs-api|api)\/stream(?:\/[\w.~-]+)+(?:\?[\w.~=&-]*)?$/;
@@ -64,7 +68,8 @@
   /** @typedef {"loading" | "verification" | "sign_in" | "ready"} PageState */
   /** @typedef {{type: "captured", session_id: string, message_id: string, model_id: string | null, mode: string,
    *             account: string | null}} Capture */
-  /** @typedef {{type: "end" | "error", id: number, reason?: string, message?: string}} Outcome of an exchange */
+  /** @typedef {{type: "end" | "error" | "uploaded", id: number, reason?: string, message?: string, url?: string}}
+   *   Outcome of an exchange */
   /** @typedef {ReturnType<typeof newLink>} Link */
 
   /** One connection to the program. The ids of exchanges mean something within it only. @param {WebSocket} socket */
@@ -116,7 +121,8 @@
   /** The same without a prototype. @template {object} T @param {T} object @returns {T} */
   const bare = (object) => ({ __proto__: null, ...object });
 
-  const { WebSocket, Request, Response, ReadableStream, TextDecoder, URL, Uint8Array, AbortController } = window;
+  const { WebSocket, Request, Response, Headers, ReadableStream, TextDecoder, URL, Uint8Array, AbortController } =
+    window;
   const { parse, stringify } = JSON;
   const { assign } = Object;
   const { isInteger } = Number;
@@ -126,6 +132,8 @@
   const digest = crypto.subtle.digest.bind(crypto.subtle);
   const now = performance.now.bind(performance);
   const setTimeout = window.setTimeout.bind(window);
+  const decodeBase64 = window.atob.bind(window);
+  const codeAt = free(String.prototype.charCodeAt);
   const listen = free(EventTarget.prototype.addEventListener);
   const readCookies = getter(document, "cookie");
   const push = free(Array.prototype.push);
@@ -617,17 +625,9 @@
     else if (status === 200) tab.due = null;
   };
 
-  /** One exchange with the site, up to its last byte. @param {Link} link @param {any} message a `fetch`
-   * @param {AbortController} controller @returns {Promise<Outcome>} */
-  const exchange = async (link, { id, method, path, body }, controller) => {
-    const headers = bare({ "Content-Type": "text/plain;charset=UTF-8" });
-    const signal = signalOf(controller);
-    const url = location.origin + path; // not the path alone: the page may have a <base> elsewhere
-    const response = await fetch(url, bare({ ...FETCH_OPTIONS, method, body, headers, signal }));
-    if (responseType(response) === "opaqueredirect") {
-      abort(controller);
-      return { type: "error", id, reason: "refused", message: "redirected" };
-    }
+  /** Passes a response on, up to its last byte. @param {Link} link @param {number} id @param {Response} response
+   * @param {AbortSignal} signal @returns {Promise<Outcome>} */
+  const passOn = async (link, id, response, signal) => {
     const status = responseStatus(response);
     const told = toldHeaders(responseHeaders(response));
     say(link, { type: "response", id, status, headers: told });
@@ -645,8 +645,25 @@
     return { type: "end", id };
   };
 
-  /** @param {Link} link @param {any} message a `fetch` */
-  const relay = async (link, message) => {
+  /** One exchange with the site. @param {Link} link @param {any} message a `fetch`
+   * @param {AbortController} controller @returns {Promise<Outcome>} */
+  const exchange = async (link, { id, method, path, body }, controller) => {
+    const headers = bare({ "Content-Type": "text/plain;charset=UTF-8" });
+    const signal = signalOf(controller);
+    const url = location.origin + path; // not the path alone: the page may have a <base> elsewhere
+    const response = await fetch(url, bare({ ...FETCH_OPTIONS, method, body, headers, signal }));
+    if (responseType(response) === "opaqueredirect") {
+      abort(controller);
+      return { type: "error", id, reason: "refused", message: "redirected" };
+    }
+    return passOn(link, id, response, signal);
+  };
+
+  /** The command for what runs until an outcome, and can be aborted.
+   * @param {(message: any) => string | null} refusal
+   * @param {(link: Link, message: any, controller: AbortController) => Promise<Outcome>} run
+   * @returns {(link: Link, message: any) => Promise<void>} */
+  const relayed = (refusal, run) => async (link, message) => {
     const { id } = message;
     if (!isInteger(id) || id < 0 || id > 0xffffffff) return; // there is no way to answer this
     const reason = id in link.exchanges ? `id ${id} is in use` : refusal(message);
@@ -656,7 +673,7 @@
     link.running += 1;
     render();
     try {
-      queueOutcome(link, await exchange(link, message, controller));
+      queueOutcome(link, await run(link, message, controller));
     } catch (error) {
       const why = isAborted(signalOf(controller)) ? "aborted" : "network";
       queueOutcome(link, { type: "error", id, reason: why, message: `${error}` });
@@ -664,6 +681,253 @@
       delete link.exchanges[id];
       link.running -= 1;
       render();
+    }
+  };
+
+  // ==== Uploads ======================================================================================================
+
+  // An image that is too large to travel inside a message goes the way on which the page brings its own there: one
+  // server action of the page gives an address to put the bytes at, another one the address under which the site then
+  // has them. An action is called by an id that changes with every deployment of the site: none is known here in
+  // advance. They are learned from the page's own calls and, once an upload is asked for, from the scripts that the
+  // page has loaded, where each stands beside its name. As long as they are not known, uploads are not offered.
+
+  const PUT_ACTION = "generateUploadUrl";
+  const GET_ACTION = "getSignedUrl";
+  const NO_STORAGE = "what the site gives is no https address";
+  const IMAGE_TYPE = /^image\/[\w.+-]+$/;
+  const ACTION_ID = /^[0-9a-f]{32,128}$/;
+  const ACTION_IN_SCRIPT =
+    /createServerReference\)?\(\s*["']([0-9a-f]{32,128})["'],[^"'()]{0,200}["'](generateUploadUrl|getSignedUrl)["']/g;
+
+  /** By name. @type {Record<string, string>} */
+  let actions = bare({});
+  /** Whether the site has had a deployment since this page was loaded: its scripts name what there was before. */
+  let hasAged = false;
+  /** Scripts that name no action: what stands at an address stays. @type {Set<string>} */
+  const barren = new Set();
+
+  /** The end of an upload that brought no address: for a reason of the wire, or with an answer of the site. */
+  class UploadEnded {
+    /** @param {"not_offered" | "refused" | "network"} reason @param {string} message @param {Response} [response] */
+    constructor(reason, message, response) {
+      assign(this, { reason, message, response });
+    }
+  }
+
+  const pageAddress = () => location.origin + location.pathname + location.search;
+
+  /** @param {string} text @param {string} [base] @returns {URL | null} */
+  const readAddress = (text, base) => {
+    try {
+      return new URL(text, base);
+    } catch {
+      return null;
+    }
+  };
+
+  /** @param {string} text @returns {URL | null} where the site may have its storage */
+  const storageAddress = (text) => {
+    const url = readAddress(text);
+    return url && (url.protocol === "https:" || url.origin === location.origin) ? url : null;
+  };
+
+  /** What an action gives. Its reply has a row for each part: `1:{"success":true,"data":{...}}`.
+   * @param {string} text @param {string[]} fields
+   * @returns {{data?: Record<string, string>, words?: string}} data with these fields, or how the site refuses */
+  const readReply = (text, fields) => {
+    for (const [, row] of text.matchAll(/^[0-9a-f]+:(\{.*)$/gm)) {
+      try {
+        const value = parse(row);
+        const data = value.data ?? value;
+        if (fields.every((field) => typeof data[field] === "string")) return { data };
+        if (value.success === false) return { words: `${value.error || value.message || "without a word"}` };
+      } catch {
+        // not JSON: the next row may be
+      }
+    }
+    return {};
+  };
+
+  const isLearned = () => PUT_ACTION in actions && GET_ACTION in actions;
+
+  /** @param {string} address @param {string} script its text */
+  const learnFromScript = (address, script) => {
+    const named = Array.from(script.matchAll(ACTION_IN_SCRIPT));
+    for (const [, id, name] of named) actions[name] ??= id;
+    if (named.length === 0) barren.add(address);
+  };
+
+  const loadedScripts = () => [
+    ...Array.from(document.scripts, (script) => script.src),
+    ...performance.getEntriesByType("resource").map((entry) => entry.name).filter((name) => /\.js(\?|$)/.test(name)),
+  ];
+
+  /** The scripts of the page as the site has it now. @param {AbortSignal} signal */
+  const presentScripts = async (signal) => {
+    const headers = { Accept: "text/html" };
+    const response = await fetch(pageAddress(), bare({ ...FETCH_OPTIONS, headers, signal }));
+    const html = responseStatus(response) === 200 ? await responseText(response) : "";
+    return Array.from(html.matchAll(/<script\b[^>]*\ssrc="([^"]+)"/g), ([, src]) => src.replaceAll("&amp;", "&"));
+  };
+
+  /** @type {RequestInit} The page has loaded them: the browser need not do it again. */
+  const FROM_CACHE = { credentials: "same-origin", cache: "force-cache" };
+
+  /** @param {string[]} addresses of scripts @param {AbortSignal} signal */
+  const searchScripts = async (addresses, signal) => {
+    const own = new Set();
+    for (const address of addresses) {
+      const url = readAddress(address, location.origin);
+      if (url?.origin === location.origin && !barren.has(url.href)) own.add(url.href);
+    }
+    for (const address of Array.from(own).slice(0, SCRIPTS_SEARCHED)) {
+      if (isLearned() || isAborted(signal)) return;
+      try {
+        const response = await fetch(address, bare({ ...FROM_CACHE, signal }));
+        const size = Number(getHeader(responseHeaders(response), "content-length"));
+        const isGood = responseStatus(response) === 200 && size <= SCRIPT_BYTES;
+        if (isGood) learnFromScript(address, await responseText(response));
+      } catch {
+        // it cannot be had now
+      }
+    }
+  };
+
+  const search = async () => {
+    const controller = new AbortController();
+    const signal = signalOf(controller);
+    const timer = setTimeout(() => abort(controller), LEARNING_MS);
+    try {
+      await searchScripts(hasAged ? await presentScripts(signal) : loadedScripts().filter(Boolean), signal);
+    } catch {
+      // what the page is made of cannot be read: nothing is learned
+    }
+    clearTimeout(timer);
+  };
+
+  let searching = Promise.resolve();
+
+  /** One search at a time: what one upload has learned the next one need not look for. */
+  const learn = () => {
+    const before = searching;
+    searching = (async () => {
+      await before;
+      if (!isLearned()) await search();
+    })();
+    return searching;
+  };
+
+  /** Calls one of the page's actions, as the page does; for an id that the site does not know any more it is learned
+   * anew, once. @param {string} name @param {string[]} args @param {string[]} fields of the reply
+   * @param {AbortSignal} signal @returns {Promise<Record<string, string>>} */
+  const callAction = async (name, args, fields, signal) => {
+    for (let attempt = 0, tried = ""; attempt < 2; attempt += 1) {
+      if (!(name in actions)) await learn();
+      const id = actions[name];
+      if (id === undefined || id === tried) break;
+      const type = "text/plain;charset=UTF-8";
+      const headers = bare({ Accept: "text/x-component", "Content-Type": type, "Next-Action": id });
+      const options = { ...FETCH_OPTIONS, method: "POST", headers, body: stringify(args), signal };
+      const response = await fetch(pageAddress(), bare(options));
+      if (responseType(response) === "opaqueredirect") throw new UploadEnded("refused", "redirected");
+      const status = responseStatus(response);
+      if (status !== 200 && status !== 404) throw new UploadEnded("refused", `status ${status}`, response);
+      const { data, words } = status === 200 ? readReply(await responseText(response), fields) : {};
+      if (data) return data;
+      if (words) throw new UploadEnded("refused", words);
+      tried = id;
+      hasAged = true;
+      if (actions[name] === id) actions = bare({}); // another upload may have learned them anew already
+    }
+    throw new UploadEnded("not_offered", "the page has no upload that this script knows");
+  };
+
+  /** @param {string} data in base64 */
+  const bytesOf = (data) => {
+    let text;
+    try {
+      text = decodeBase64(data);
+    } catch {
+      throw new UploadEnded("refused", "the data is not base64");
+    }
+    const bytes = new Uint8Array(text.length);
+    for (let at = 0; at < text.length; at += 1) bytes[at] = codeAt(text, at);
+    return bytes;
+  };
+
+  /** @param {any} message an `upload` @returns {string | null} why it is not carried out */
+  const uploadRefusal = ({ name, content_type, data }) => {
+    if (typeof name !== "string" || typeof data !== "string") return "name and data of an upload must be text";
+    return execute(IMAGE_TYPE, `${content_type}`) === null ? `${content_type} is not uploaded, only images` : null;
+  };
+
+  /** @param {any} message an `upload` @param {AbortSignal} signal @returns {Promise<string>} its address at the site */
+  const bring = async ({ name, content_type, data }, signal) => {
+    const body = bytesOf(data);
+    const place = await callAction(PUT_ACTION, [name, content_type], ["uploadUrl", "key"], signal);
+    const target = storageAddress(place.uploadUrl);
+    if (target === null) throw new UploadEnded("refused", NO_STORAGE);
+    const headers = bare({ "Content-Type": content_type });
+    /** @type {RequestInit} The address is signed: the storage needs, and gets, no cookie. */
+    const options = { method: "PUT", body, headers, credentials: "omit", redirect: "error", signal };
+    const status = responseStatus(await fetch(href(target), bare(options)));
+    if (status < 200 || status > 299) throw new UploadEnded("network", `the site's storage answered ${status}`);
+    const { url } = await callAction(GET_ACTION, [place.key], ["url"], signal);
+    if (storageAddress(url) === null) throw new UploadEnded("refused", NO_STORAGE);
+    return url;
+  };
+
+  /** @param {Link} link @param {any} message an `upload` @param {AbortController} controller
+   * @returns {Promise<Outcome>} */
+  const upload = async (link, message, controller) => {
+    const { id } = message;
+    const signal = signalOf(controller);
+    try {
+      return { type: "uploaded", id, url: await bring(message, signal) };
+    } catch (error) {
+      if (!(error instanceof UploadEnded) || isAborted(signal)) throw error;
+      const { reason, message, response } = /** @type {any} */ (error);
+      return response ? passOn(link, id, response, signal) : { type: "error", id, reason, message };
+    }
+  };
+
+  /** The key that the page was last given for an upload by hand. @type {string | null} */
+  let keyByHand = null;
+
+  /** Whether this call of the page may be one of the two actions. Nothing is consumed.
+   * @param {any[]} args of the page's fetch @returns {{id: string, given: string[]} | null} */
+  const overhearAction = ([input, init]) => {
+    const headers = init?.headers;
+    const isObject = typeof headers === "object" && headers !== null;
+    // Anything else could be read only once.
+    if (!(headers instanceof Headers || (isObject && Object.getPrototypeOf(headers) === Object.prototype))) return null;
+    const id = getHeader(new Headers(headers), "next-action");
+    if (id === null || execute(ACTION_ID, id) === null) return null;
+    const url = new URL(input instanceof Request ? input.url : input, document.baseURI);
+    if (url.origin !== location.origin || typeof init.body !== "string") return null;
+    const given = parse(init.body);
+    const isKnown = Array.isArray(given) && (given.length === 1 || given.length === 2);
+    return isKnown && given.every((value) => typeof value === "string") ? { id, given } : null;
+  };
+
+  /** Learns the ids from an upload by hand. @param {NonNullable<ReturnType<typeof overhearAction>>} action
+   * @param {Promise<Response>} answered */
+  const learnFromCall = async ({ id, given }, answered) => {
+    try {
+      const response = await answered; // this is heard before the page hears of it, so the body is still whole
+      if (responseStatus(response) !== 200 || (given.length === 1 && given[0] !== keyByHand)) return;
+      const text = await responseText(responseClone(response));
+      if (given.length === 2) {
+        const { data } = readReply(text, ["uploadUrl", "key"]);
+        if (!data) return;
+        keyByHand = data.key;
+        actions[PUT_ACTION] = id;
+      } else if (readReply(text, ["url"]).data) {
+        actions[GET_ACTION] = id;
+      }
+    } catch {
+      // the page has seen its own error; there is nothing to learn
     }
   };
 
@@ -728,7 +992,8 @@
       between.postMessage({ type: "leading" });
       look();
     },
-    fetch: relay,
+    fetch: relayed(refusal, exchange),
+    upload: relayed(uploadRefusal, upload),
     /** @param {Link} link @param {any} message */
     abort(link, message) {
       if (message.id in link.exchanges) abort(link.exchanges[message.id]);
@@ -775,7 +1040,8 @@
       opened = true;
       tab.trouble = null;
       const { state, account } = tab;
-      say(link, { type: "hello", protocol: PROTOCOL, script: VERSION, url: location.href, state, account });
+      const hello = { protocol: PROTOCOL, script: VERSION, url: location.href, state, account, features: FEATURES };
+      say(link, { type: "hello", ...hello });
       render();
     });
     listen(socket, "message", (/** @type {MessageEvent} */ event) => {
@@ -1003,13 +1269,16 @@
   window.fetch = new Proxy(pageFetch, {
     apply(target, self, args) {
       let overheard = null;
+      let action = null;
       try {
         overheard = overhear(args);
+        action = overhearAction(args);
       } catch {
         // an odd argument: the native function judges it
       }
       const answered = call(target, self, args);
       if (overheard !== null) void follow(overheard, answered);
+      if (action !== null) void learnFromCall(action, answered);
       return answered;
     },
     get: (target, name) => (name === "toString" ? nativeText : Reflect.get(target, name)),

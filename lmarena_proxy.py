@@ -656,6 +656,16 @@ class Attachment(msgspec.Struct, frozen=True, rename="camel"):
         """Whether it is still to be fetched from its address: until then its type is not known."""
         return not self.content_type
 
+    @property
+    def data(self) -> str:
+        """In base64, of a data: URL."""
+        return self.url.partition(",")[2]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of a data: URL."""
+        return (len(self.url) - self.url.index(",") - 1) * 3 // 4 - self.url.count("=", -2)
+
 
 class Message(msgspec.Struct, frozen=True):
     """One message of a conversation, in the roles the site knows."""
@@ -1415,12 +1425,15 @@ def read_image_edit(body: bytes, content_type: str) -> AnswerRequest:
     return _ask_for_images(wanted, texts.keys(), Message("user", wanted.prompt, tuple(attachments)), "image")
 
 
-def check_size(attachment: Attachment, limit_mb: int, path: str) -> None:
-    """Raises ClientError for an image, as a data: URL, that is larger than the site takes."""
-    size_bytes = (len(attachment.url) - attachment.url.index(",")) * 3 // 4
-    if size_bytes > (limit_mb << 20) + 2:
-        message = f"{path}: the image has {size_bytes:,} bytes; the site takes up to {limit_mb} MiB."
-        raise ClientError(message, status=413, code="request_too_large", param=path)
+def is_too_large(attachment: Attachment, limit_mb: int) -> bool:
+    """Whether an image, as a data: URL, is larger than the site takes inside a message."""
+    return attachment.size_bytes > limit_mb << 20
+
+
+def refuse_size(attachment: Attachment, limit_mb: int, path: str, why: str) -> ClientError:
+    """What a client is told of an image that is too large; `why` says what else was not possible."""
+    size = f"the image has {attachment.size_bytes:,} bytes; the site takes up to {limit_mb} MiB in a message"
+    return ClientError(f"{path}: {size}, and {why}.", status=413, code="request_too_large", param=path)
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -1872,8 +1885,8 @@ def encode_error(error: ApiError, request_id: str) -> bytes:
 #
 # Wire protocol, version 1. Text frames are JSON objects with a `type`; binary frames carry response bytes.
 #
-#     from the browser     hello, state, models, captured, response, (binary), end, error, pong
-#     from the program     welcome, fetch, abort, ping, send_models, reload
+#     from the browser     hello, state, models, captured, response, (binary), end, uploaded, error, pong
+#     from the program     welcome, fetch, upload, abort, ping, send_models, reload
 
 PROTOCOL = 1
 PageState = Literal["loading", "verification", "sign_in", "ready"]
@@ -1891,6 +1904,8 @@ class Hello(Frame, frozen=True):
     script: str = ""
     url: str = ""
     account: str | None = None
+    # What its script can do beside what every script can: commands that an older one would not answer.
+    features: list[str] = []
 
 
 class State(Frame, frozen=True):
@@ -1921,9 +1936,14 @@ class End(Frame, frozen=True):
     id: int
 
 
+class Uploaded(Frame, frozen=True):
+    id: int
+    url: str
+
+
 class Broken(Frame, frozen=True, tag="error"):
     id: int
-    reason: Literal["network", "aborted", "refused"]
+    reason: Literal["network", "aborted", "refused", "not_offered"]
     message: str = ""
 
 
@@ -1931,7 +1951,7 @@ class Pong(Frame, frozen=True):
     t: float | int | str | None = None
 
 
-BrowserFrame = Hello | State | Models | Captured | Head | End | Broken | Pong
+BrowserFrame = Hello | State | Models | Captured | Head | End | Uploaded | Broken | Pong
 
 
 class Welcome(Frame, frozen=True):
@@ -1947,6 +1967,14 @@ class Fetch(Frame, frozen=True):
     method: Literal["POST", "PUT"]
     path: str
     body: str
+
+
+class Upload(Frame, frozen=True):
+    id: int
+    name: str
+    content_type: str
+    # The bytes, in base64.
+    data: str
 
 
 class Abort(Frame, frozen=True):
@@ -2726,6 +2754,17 @@ class FetchFailed(Exception):
         self.is_too_large = is_too_large
 
 
+class NotUploaded(Exception):
+    """An image cannot be brought to the site's storage; the message says why, for people."""
+
+
+# Brings an image, as a data: URL, to the site's storage, and returns it with its address there. Raises
+# NotUploaded, or an ApiError for what has nothing to do with the image.
+UploadImage = Callable[[Attachment], Awaitable[Attachment]]
+# As much as a body may bring by default. It stands several times in memory, here and in the tab.
+MAX_UPLOAD_MB = 32
+
+
 def is_public(address: str, allowed: Iterable[str] = ()) -> bool:
     """Whether an IP address is one of the public internet, or in one of the networks allowed beside."""
     ip = ipaddress.ip_address(address.partition("%")[0])
@@ -2866,16 +2905,32 @@ class MediaFiles:
                 raise FetchFailed(f"it has more than {limit_mb} MiB", is_too_large=True)
         return bytes(data)
 
-    async def attach_all(self, asked: AnswerRequest, limit_mb: int) -> list[Message]:
-        """A request's messages with every image in them as data. Raises ClientError naming the path."""
+    async def attach_all(
+        self, asked: AnswerRequest, limit_mb: int, upload: UploadImage | None
+    ) -> list[Message]:
+        """A request's messages with every image in them as the site takes it.
+
+        Up to `limit_mb` that is as data; a larger one `upload` brings to the site's storage, where it can.
+        Raises ClientError naming the path, and what else kept an image from going there.
+        """
         if not any(asked.images.values()):
             return asked.messages
         rows = [list(message.attachments) for message in asked.messages]
+        fetched_mb = max(limit_mb, min(self._config.max_file_mb, MAX_UPLOAD_MB)) if upload else limit_mb
+        # Between being fetched and being uploaded a large image is here: not all of a request at once.
+        slots, uploading = trio.CapacityLimiter(self.FETCHES), trio.Lock()
+        uploaded: dict[str, Attachment] = {}
 
         async def attach_one(path: str, row: list[Attachment], place: int) -> None:
-            if row[place].is_remote:
-                row[place] = await self._attach(row[place].url, limit_mb, path)
-            check_size(row[place], limit_mb, path)
+            async with slots:
+                if row[place].is_remote:
+                    row[place] = await self._attach(row[place].url, fetched_mb, path)
+                image = row[place]
+                if is_too_large(image, limit_mb):
+                    async with uploading:  # What stands in several messages goes there once.
+                        if image.url not in uploaded:
+                            uploaded[image.url] = await self._upload(image, limit_mb, path, upload)
+                        row[place] = uploaded[image.url]
 
         try:
             async with trio.open_nursery() as nursery:
@@ -2883,11 +2938,23 @@ class MediaFiles:
                     for place in range(len(row)):
                         nursery.start_soon(attach_one, path, row, place)
         except BaseExceptionGroup as group:
-            failure = first_of(group, ClientError)
+            failure = first_of(group, ApiError)
         else:
             complete = zip(asked.messages, rows, strict=True)
             return [msgspec.structs.replace(message, attachments=tuple(row)) for message, row in complete]
         raise failure
+
+    async def _upload(
+        self, image: Attachment, limit_mb: int, path: str, upload: UploadImage | None
+    ) -> Attachment:
+        try:
+            if upload is None:
+                raise NotUploaded("no connected tab has a userscript that uploads larger ones")
+            if is_too_large(image, MAX_UPLOAD_MB):
+                raise NotUploaded(f"above {MAX_UPLOAD_MB} MiB nothing is uploaded")
+            return await upload(image)
+        except NotUploaded as reason:
+            raise refuse_size(image, limit_mb, path, str(reason)) from None
 
     async def _attach(self, url: str, limit_mb: int, path: str) -> Attachment:
         try:
@@ -3365,11 +3432,12 @@ class ExchangeBroken(Exception):
 
 
 class Exchange:
-    """One relayed fetch: its head, then its body's bytes, as they arrive."""
+    """One relayed fetch: its head, then its body's bytes, as they arrive. Or an upload: its address."""
 
     def __init__(self, exchange_id: int) -> None:
         self.id = exchange_id
         self._head: Head | None = None
+        self._address = ""
         self._chunks: list[bytes] = []
         self._size = 0
         self._ended = False
@@ -3429,7 +3497,9 @@ class Exchange:
             self._trouble = error
             return False
 
-    def end(self) -> None:
+    def end(self, address: str = "") -> None:
+        """It is complete; `address`: where that which was uploaded is."""
+        self._address = address
         self._ended = True
         self._lot.unpark_all()
 
@@ -3440,13 +3510,23 @@ class Exchange:
 
     async def head(self) -> Head:
         """Wait for the response's head. Raises ExchangeBroken."""
-        while self._head is None:
+        await self._wait_begun()
+        if self._head is None:
+            raise ExchangeBroken("network", "the response ended before it began")
+        return self._head
+
+    async def address(self) -> str:
+        """Wait for where an upload has gone; "" when there is a response instead. Raises ExchangeBroken."""
+        await self._wait_begun()
+        if not self._address:
+            await self.head()
+        return self._address
+
+    async def _wait_begun(self) -> None:
+        while self._head is None and not self._ended:
             if self._broken:
                 raise self._broken
-            if self._ended:
-                raise ExchangeBroken("network", "the response ended before it began")
             await self._lot.park()
-        return self._head
 
     async def receive(self, take: Callable[[bytes], bool] | None = None) -> bytes:
         """All bytes that have arrived since, at least one; b"" at the end. Raises ExchangeBroken.
@@ -3664,7 +3744,7 @@ class FrameLane(trio.abc.Stream):
 # What a page may report after what. A page says hello once; nothing comes before it.
 BRIDGE_FRAMES: dict[str, frozenset[str]] = {
     "new": frozenset({"hello"}),
-    "open": frozenset({"state", "models", "captured", "response", "error", "end", "pong"}),
+    "open": frozenset({"state", "models", "captured", "response", "error", "end", "uploaded", "pong"}),
     "closed": frozenset(),
 }
 
@@ -3678,6 +3758,7 @@ class Bridge:
         self.id = bridge_id
         self.connected_at = datetime.now(UTC)
         self.script = self.url = ""
+        self.features: frozenset[str] = frozenset()
         self.account: str | None = None
         # Of answers received, and of frames sent.
         self.received_bytes = self.sent_bytes = 0
@@ -3706,6 +3787,11 @@ class Bridge:
         return self._phase == "open" and self.state == "ready" and self.account is not None
 
     @property
+    def can_upload(self) -> bool:
+        """Whether its script knows the command. An older one would not answer it."""
+        return "upload" in self.features
+
+    @property
     def in_flight(self) -> int:
         return len(self._exchanges)
 
@@ -3721,14 +3807,21 @@ class Bridge:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("Tab %d is gone; a %s frame was dropped", self.id, type(frame).__name__)
 
-    @contextmanager
-    def fetch(self, method: Literal["POST", "PUT"], path: str, body: str) -> Iterator[Exchange]:
+    def fetch(self, method: Literal["POST", "PUT"], path: str, body: str) -> AbstractContextManager[Exchange]:
         """Relay a fetch. Leaving the block before the response has ended aborts it in the browser."""
-        exchange = Exchange(next(self._ids))
+        return self._carry_out(Fetch(next(self._ids), method, path, body))
+
+    def upload(self, image: Attachment) -> AbstractContextManager[Exchange]:
+        """Bring an image to the site's storage. Leaving the block before it is there aborts it likewise."""
+        return self._carry_out(Upload(next(self._ids), image.name, image.content_type, image.data))
+
+    @contextmanager
+    def _carry_out(self, frame: Fetch | Upload) -> Iterator[Exchange]:
+        exchange = Exchange(frame.id)
         self._exchanges[exchange.id] = exchange
         if self._phase == "closed":
             exchange.fail(ExchangeBroken("lost", "the tab was lost"))
-        self.send(Fetch(exchange.id, method, path, body))
+        self.send(frame)
         try:
             yield exchange
         finally:
@@ -3800,7 +3893,7 @@ class Bridge:
         if kind not in BRIDGE_FRAMES[self._phase]:
             raise ProtocolError(f"unexpected frame: {kind!r} from a bridge that is {self._phase}")
         self._phase = "open"
-        if isinstance(frame, Head | End | Broken):
+        if isinstance(frame, Head | End | Uploaded | Broken):
             exchange = self._exchanges.get(frame.id)
             if exchange is None:
                 return  # It was aborted, and this crossed the abort on the way.
@@ -3808,6 +3901,8 @@ class Bridge:
                 exchange.begin(frame)
             elif isinstance(frame, End):
                 exchange.end()
+            elif isinstance(frame, Uploaded):
+                exchange.end(frame.url)
             else:
                 exchange.fail(ExchangeBroken(frame.reason, frame.message))
         elif not isinstance(frame, Pong):
@@ -4255,7 +4350,7 @@ class BridgeListener:
         state = next((state for state in PAGE_STATES if state == hello.state), None)
         if state is None:
             raise ProtocolError(f"unknown state: {hello.state!r}")
-        bridge.script, bridge.url = hello.script, hello.url
+        bridge.script, bridge.url, bridge.features = hello.script, hello.url, frozenset(hello.features)
         heartbeat_seconds = self._config.bridge.heartbeat_seconds
         bridge.send(Welcome(PROTOCOL, VERSION, self._config.arena.auth_cookie, heartbeat_seconds))
         self._bridges.add(bridge, hello.url, state, hello.account)
@@ -4394,6 +4489,39 @@ def _tell_refusal(refusal: Refusal) -> Setback:
     return Setback(course, error)
 
 
+def _tell_upload_refusal(refusal: Refusal) -> Setback:
+    """The same of an upload: there is no conversation that it could be about."""
+    setback = _tell_refusal(refusal)
+    if refusal.kind in ("gone", "running", "rejected", "failed"):
+        message = f"The site did not take the upload of an image (status {refusal.status})"
+        setback.course = "counts" if refusal.kind == "failed" else "final"
+        setback.error = ArenaError(message, arena_status=refusal.status, reply=refusal.reply)
+    return setback
+
+
+def _note_refusal(bridges: Bridges, bridge: Bridge, refusal: Refusal) -> None:
+    """What a refusal says of the tab and its account."""
+    if refusal.kind == "challenge":
+        bridges.note_challenge(bridge)
+    elif refusal.kind == "signed_out":
+        bridges.note_signed_out(bridge)
+    elif refusal.kind == "rate_limited":
+        bridges.note_rate_limit(bridge, refusal.retry_after_seconds)
+
+
+async def _wait_gate(bridges: Bridges, accounts: Iterable[str], gives_up_at: float) -> None:
+    """Wait until the first of these accounts' gates is open, or may be. Raises ArenaError if that is late."""
+    gate = min((bridges.gate(account) for account in accounts), key=lambda each: each.seconds)
+    with trio.move_on_at(gives_up_at) as patience:
+        if trio.current_time() + gate.seconds <= gives_up_at:
+            await gate.wait()
+            return
+    if patience.cancelled_caught or gate.seconds:
+        message = f"The site limits this account's requests; it takes more in {gate.seconds:.0f} s."
+        fields: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded", "arena_status": 429}
+        raise ArenaError(message, retry_after=gate.seconds, **fields)
+
+
 def _failed_late(course: Literal["counts", "final"], message: str, reply: str = "") -> Setback:
     """The site took the prompt and failed: a client that sends it once more would pay twice."""
     return Setback(course, ArenaError(message, reply=reply, may_retry=False))
@@ -4415,6 +4543,11 @@ async def _read_reply(exchange: Exchange, limit_bytes: int = 1 << 16) -> bytes:
     while len(reply) < limit_bytes and (data := await exchange.receive()):
         reply += data
     return reply[:limit_bytes]
+
+
+async def _read_refusal(exchange: Exchange, head: Head) -> Refusal:
+    headers = {name.lower(): value for name, value in head.headers.items()}
+    return read_refusal(head.status, headers, await _read_reply(exchange))
 
 
 async def _read_rest(exchange: Exchange) -> None:
@@ -4580,23 +4713,106 @@ class Attempt:
     async def _check_head(self, head: Head, exchange: Exchange) -> None:
         """Raises Setback for a refusal."""
         if head.status != 200:
-            headers = {name.lower(): value for name, value in head.headers.items()}
-            raise self._take_refusal(read_refusal(head.status, headers, await _read_reply(exchange)))
+            raise self._take_refusal(await _read_refusal(exchange, head))
         self._bridges.note_accepted(self._bridge, self._lease)
 
     def _take_refusal(self, refusal: Refusal) -> Setback:
         """Draw the consequences of a refusal; the Setback says how the request goes on."""
         setback = _tell_refusal(refusal)
-        if refusal.kind == "challenge":
-            self._bridges.note_challenge(self._bridge)
-        elif refusal.kind == "signed_out":
-            self._bridges.note_signed_out(self._bridge)
-        elif refusal.kind == "rate_limited":
-            self._bridges.note_rate_limit(self._bridge, refusal.retry_after_seconds)
-        elif refusal.kind == "gone" and self._lease.session:
+        _note_refusal(self._bridges, self._bridge, refusal)
+        if refusal.kind == "gone" and self._lease.session:
             self._pool.retire(self._session, f"the site answered {refusal.status}")
             setback.course = "free"
         return setback
+
+
+class Uploader:
+    """Brings images to the site's storage by the page's own upload, before the message with them is sent.
+
+    It holds no session: which one answers is decided after it. So the tab is the least busy one, which will
+    probably answer, too; with several accounts it may be another's. The address in the storage is signed, and
+    is good whoever names it.
+    """
+
+    # An attempt, all in all: 32 MiB at 1 Mbit/s take four and a half minutes.
+    ATTEMPT_SECONDS = 300.0
+    # Between attempts; there are two.
+    PAUSES = (1.0, 5.0)
+
+    def __init__(self, bridges: Bridges) -> None:
+        self._bridges = bridges
+
+    def way(self, lease: Lease, limits: Limits) -> UploadImage | None:
+        """How a request's images can be uploaded; None while no connected tab has a script that could."""
+        tabs = [*self._bridges]
+        is_possible = not tabs or any(bridge.can_upload for bridge in tabs)
+        return functools.partial(self._upload, lease, limits) if is_possible else None
+
+    async def _upload(self, lease: Lease, limits: Limits, image: Attachment) -> Attachment:
+        try:
+            with trio.fail_after(limits.total_seconds):
+                address = await self._attempt_all(lease, limits, image)
+        except trio.TooSlowError:
+            message = f"No upload within requests.total_timeout_seconds ({limits.total_seconds:g} s)."
+            raise ArenaError(message, status=504, code="timeout") from None
+        return msgspec.structs.replace(image, url=address)
+
+    async def _attempt_all(self, lease: Lease, limits: Limits, image: Attachment) -> str:
+        failures = 0
+        while True:
+            bridge = await self._choose(lease, limits)
+            try:
+                address = await self._attempt(bridge, lease, image)
+                told = (lease.request_id, f"{image.size_bytes:,}", bridge.id)
+                log.info("Request %s: an image of %s bytes was uploaded in tab %d", *told)
+                return address
+            except Setback as setback:
+                error, course = setback.error, setback.course
+            if course == "free":
+                continue  # The choice waits for the person, or for the account's gate.
+            failures += 1
+            if course == "final" or failures >= limits.attempts:
+                raise error
+            await trio.sleep(self.PAUSES[min(failures, len(self.PAUSES)) - 1])
+
+    async def _choose(self, lease: Lease, limits: Limits) -> Bridge:
+        """Pick the bridge, once one may send. Raises NotUploaded when no ready one has a script that can."""
+        gives_up_at = trio.current_time() + limits.rate_limit_seconds
+        while True:
+            await self._bridges.wait_ready(limits.person_wait_seconds)
+            ready = [each for each in self._bridges.ready(self._bridges.accounts()) if each.can_upload]
+            if not ready:
+                raise NotUploaded("the userscript in the tab cannot upload larger ones: it has to be updated")
+            accounts = [bridge.account or "" for bridge in ready]
+            for bridge, account in zip(ready, accounts, strict=True):
+                gate = self._bridges.gate(account)
+                if gate.is_open:
+                    gate.enter(lease)
+                    return bridge
+            await _wait_gate(self._bridges, accounts, gives_up_at)
+
+    async def _attempt(self, bridge: Bridge, lease: Lease, image: Attachment) -> str:
+        """One upload; returns the address. Raises Setback, or NotUploaded when it is not to be had."""
+        try:
+            with trio.fail_after(self.ATTEMPT_SECONDS), bridge.upload(image) as exchange:
+                if address := await exchange.address():
+                    return address
+                refusal = await _read_refusal(exchange, await exchange.head())
+        except ExchangeBroken as broken:
+            if broken.reason == "not_offered":
+                raise NotUploaded("the site's page offers no upload that could be found in it") from None
+            if broken.reason == "refused":
+                raise NotUploaded(f"its upload was refused: {broken}") from None
+            # A tab that is lost counts, too: it may be the image that it is lost by.
+            error = ArenaError(f"The upload of an image broke off in the tab: {broken}.")
+            raise Setback("counts", error) from None
+        except trio.TooSlowError:
+            raise _timed_out(f"The upload of an image took more than {self.ATTEMPT_SECONDS:g} s.") from None
+        finally:
+            # That the site took it says nothing of the limit of its answers: the gate is left as it was.
+            self._bridges.gate(bridge.account or "").leave(lease)
+        _note_refusal(self._bridges, bridge, refusal)
+        raise _tell_upload_refusal(refusal)
 
 
 class Relay:
@@ -4607,6 +4823,7 @@ class Relay:
 
     def __init__(self, config: Config, pool: SessionPool, bridges: Bridges, bus: EventBus) -> None:
         self._config, self._pool, self._bridges, self._bus = config, pool, bridges, bus
+        self.uploader = Uploader(bridges)
 
     async def answer(
         self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
@@ -4703,16 +4920,7 @@ class Relay:
                     bridge = next(takers, bridge)
                 self._bridges.gate(bridge.account or "").enter(lease)
                 return bridge
-            gates = [self._bridges.gate(account) for account in accounts]
-            gate = min(gates, key=lambda each: each.seconds)
-            with trio.move_on_at(gives_up_at) as patience:
-                if trio.current_time() + gate.seconds <= gives_up_at:
-                    await gate.wait()
-                    continue
-            if patience.cancelled_caught or gate.seconds:
-                message = f"The site limits this account's requests; it takes more in {gate.seconds:.0f} s."
-                fields: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded", "arena_status": 429}
-                raise ArenaError(message, retry_after=gate.seconds, **fields)
+            await _wait_gate(self._bridges, accounts, gives_up_at)
 
 
 # ==========================================================================================================
@@ -4858,6 +5066,9 @@ CHINESE = {
     "A conversation by hand has a model that is left out: {model}": "手动对话使用了未启用的模型：{model}",
     "{model} failed again: {error}": "{model} 再次失败：{error}",
     "Parameters that have no effect here (said once): {names}": "在此不起作用的参数（只提示一次）：{names}",
+    "Request {request_id}: an image of {size} bytes was uploaded in tab {tab}": (
+        "请求 {request_id}：{size} 字节的图像已通过标签页 {tab} 上传"
+    ),
     "Request {request_id}: the client does not read any more": "请求 {request_id}：客户端不再读取",
     "Request {request_id} met an error in the program": "请求 {request_id} 遇到程序错误",
     "A request met an error in the program": "一个请求遇到程序错误",
@@ -6749,7 +6960,8 @@ class Answers:
 
     async def _answer_all(self, reply: Reply, choices: Sequence[Choice]) -> None:
         """Let the relay fill all choices, side by side; the first that fails ends all."""
-        messages = await self._media.attach_all(reply.asked, self._config.arena.max_attachment_mb)
+        upload = self._relay.uploader.way(choices[0].lease, self._limits())
+        messages = await self._media.attach_all(reply.asked, self._config.arena.max_attachment_mb, upload)
         if len(choices) == 1:
             await self._answer_one(choices[0], messages)
             return

@@ -430,7 +430,7 @@ FIELDS = "protocol state account models id status headers reason session_id mess
 # Mostly of the right types' names and of the wrong shapes.
 ANY_FRAME = (
     st.fixed_dictionaries(
-        {"type": st.sampled_from("hello state models captured response end error pong x".split())},
+        {"type": st.sampled_from("hello state models captured response end uploaded error pong x".split())},
         optional=dict.fromkeys(FIELDS, JSON),
     )
     | st.binary(max_size=40)

@@ -26,6 +26,8 @@ from lmarena_proxy import (
     Reload,
     SendModels,
     State,
+    Upload,
+    Uploaded,
     Welcome,
     decode_frame,
     split_records,
@@ -57,6 +59,10 @@ CAPTURED = {
     ("frame", "expected"),
     [
         (HELLO, Hello(1, "ready", "1.0.0", "https://lmarena.ai/", "ab")),
+        (
+            HELLO | {"features": ["upload", "x"]},
+            Hello(1, "ready", "1.0.0", "https://lmarena.ai/", "ab", ["upload", "x"]),
+        ),
         (HELLO | {"account": None, "state": "loading"}, Hello(1, "loading", "1.0.0", "https://lmarena.ai/")),
         ({"type": "state", "state": "sign_in", "account": None, "detail": "x"}, State("sign_in", None, "x")),
         ({"type": "state", "state": "verification"}, State("verification")),
@@ -72,6 +78,8 @@ CAPTURED = {
         ({"type": "error", "id": 7, "reason": "network", "message": "m"}, Broken(7, "network", "m")),
         ({"type": "error", "id": 7, "reason": "aborted"}, Broken(7, "aborted")),
         ({"type": "error", "id": 7, "reason": "refused"}, Broken(7, "refused")),
+        ({"type": "error", "id": 7, "reason": "not_offered"}, Broken(7, "not_offered")),
+        ({"type": "uploaded", "id": 7, "url": "https://a/b"}, Uploaded(7, "https://a/b")),
         ({"type": "pong", "t": 1.5}, Pong(1.5)),
         ({"type": "pong"}, Pong()),
     ],
@@ -97,6 +105,10 @@ def test_every_frame_from_the_browser_is_read(frame: dict[str, Any], expected: B
         (
             Fetch(1, "PUT", "/api/stream/x", "b"),
             {"type": "fetch", "id": 1, "method": "PUT", "path": "/api/stream/x", "body": "b"},
+        ),
+        (
+            Upload(2, "a.png", "image/png", "iVBO"),
+            {"type": "upload", "id": 2, "name": "a.png", "content_type": "image/png", "data": "iVBO"},
         ),
         (Abort(3), {"type": "abort", "id": 3}),
         (Ping(1.5), {"type": "ping", "t": 1.5}),
@@ -132,6 +144,9 @@ def test_what_is_not_json_closes_with_1007(text: str) -> None:
         {"type": "hello"},
         HELLO | {"protocol": "1"},
         HELLO | {"account": 7},
+        HELLO | {"features": "upload"},
+        {"type": "uploaded", "id": 1},
+        {"type": "uploaded", "id": 1, "url": None},
         {"type": "state", "state": "happy"},
         {"type": "models", "models": {}},
         {"type": "response", "id": 1},
@@ -169,8 +184,8 @@ def test_any_text_is_a_frame_or_nothing_or_a_protocol_error(text: str) -> None:
     assert close_code(text) in (None, 1003, 1007)
 
 
-KINDS = ("hello", "state", "models", "captured", "response", "end", "error", "pong", "x")
-FIELDS = ("protocol", "state", "account", "models", "id", "status", "headers", "t")
+KINDS = ("hello", "state", "models", "captured", "response", "end", "uploaded", "error", "pong", "x")
+FIELDS = ("protocol", "state", "account", "features", "models", "id", "status", "headers", "url", "t")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -191,6 +206,7 @@ def test_any_object_is_a_frame_or_nothing_or_a_protocol_error(frame: dict[str, A
     )
     | st.builds(Head, st.integers(0, 2**32 - 1), st.integers(0, 999), st.dictionaries(st.text(), st.text()))
     | st.builds(End, st.integers(0, 2**32 - 1))
+    | st.builds(Uploaded, st.integers(0, 2**32 - 1), st.text())
     | st.builds(
         Broken, st.integers(0, 2**32 - 1), st.sampled_from(["network", "aborted", "refused"]), st.text()
     )

@@ -20,6 +20,7 @@ from lmarena_proxy import (
     EXCHANGE_BUFFER_BYTES,
     HELLO_TIMEOUT_SECONDS,
     RELOAD_INTERVAL_SECONDS,
+    Attachment,
     Bridge,
     BridgeConfig,
     BridgeConnected,
@@ -320,6 +321,46 @@ async def test_frames_of_unknown_types_and_of_forgotten_exchanges_are_passed_ove
             fetch = await tab.hear("fetch")
             await tab.say({"type": "response", "id": fetch["id"], "status": 204})
             assert (await exchange.head()).status == 204
+
+
+IMAGE = Attachment("a.png", "image/png", "data:image/png;base64,iVBO")
+
+
+async def test_an_upload_ends_with_an_address_or_as_a_fetch_does(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as at, at.tab(features=["upload", "news"]) as tab:
+        assert at.bridge().can_upload
+        with at.bridge().upload(IMAGE) as upload:
+            frame = await tab.hear("upload")
+            told = {"name": "a.png", "content_type": "image/png", "data": "iVBO"}
+            assert frame == {"type": "upload", "id": upload.id, **told}
+            await tab.say({"type": "uploaded", "id": upload.id, "url": "https://a/b"})
+            assert await upload.address() == "https://a/b"
+        with at.bridge().upload(IMAGE) as limited:
+            await tab.say({"type": "response", "id": limited.id, "status": 429})
+            await tab.say({"type": "end", "id": limited.id})
+            assert await limited.address() == ""
+            assert (await limited.head()).status == 429
+            assert await limited.receive() == b""
+        with at.bridge().upload(IMAGE) as empty:
+            await tab.say({"type": "end", "id": empty.id})
+            with pytest.raises(ExchangeBroken, match="before it began"):
+                await empty.address()
+        with at.bridge().upload(IMAGE) as left:
+            pass
+        assert await tab.hear("abort") == {"type": "abort", "id": left.id}
+        with at.bridge().upload(IMAGE) as lost:
+            await tab.socket.aclose()
+            with pytest.raises(ExchangeBroken, match="the tab was lost"):
+                await lost.address()
+
+
+async def test_an_address_is_no_answer_of_a_fetch(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as at, at.tab() as tab:
+        assert not at.bridge().can_upload
+        with at.bridge().fetch("POST", "/api/stream/x", "") as exchange:
+            await tab.say({"type": "uploaded", "id": exchange.id, "url": "https://a/b"})
+            with pytest.raises(ExchangeBroken, match="before it began"):
+                await exchange.head()
 
 
 async def test_the_pages_model_list_is_merged_whatever_else_it_holds(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ that the program serves. One run of everything is shared by the tests of this mo
 person meets it.
 """
 
+import base64
+import hashlib
 import json
 import threading
 import time
@@ -14,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
-from harness import SIX_MODELS, Terminal, model_id, write_config, write_models
+from harness import GPT, SIX_MODELS, Terminal, model_id, write_config, write_models
 from playwright.sync_api import Page, Playwright
 from userscript_bridge import (
     CHROMIUM,
@@ -27,6 +30,7 @@ from userscript_bridge import (
     wait_status,
 )
 
+from demo import contract
 from lmarena_proxy import PROMPT
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}")
@@ -189,6 +193,31 @@ def test_a_reload_in_mid_queue_loses_no_request(ready: Everything) -> None:
         ready.page.reload()
         answers = [future.result() for future in asked]
     assert all(f"question {number}" in answer for number, answer in enumerate(answers))
+
+
+def test_an_image_too_large_for_a_message_goes_where_the_page_s_own_files_go(ready: Everything) -> None:
+    large = contract.png("large") + bytes(16 << 20)
+    url = f"data:image/png;base64,{base64.b64encode(large).decode()}"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    messages: Any = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
+    with pytest.raises(openai.APIStatusError, match="offers no upload") as caught:
+        ready.client.chat.completions.create(model=GPT, messages=messages)
+    assert caught.value.status_code == 413
+    # The site brings its upload with a deployment, which the tab knows once it has the new page.
+    ready.arena.switch(uploads={"offered": True})
+    ready.page.reload()
+    wait_status(ready.page, "ready")
+    answer = ready.client.chat.completions.create(model=GPT, messages=messages)
+    assert "What is this?" in (answer.choices[0].message.content or "")
+    [attached] = ready.calls("retry")[-1]["body"]["messages"][0]["experimental_attachments"]
+    assert attached["url"].startswith(f"{SITE}/storage/")
+    [put] = [seen for seen in ready.arena.uploads() if seen["step"] == "put"]
+    assert put["digest"] == hashlib.sha256(large).hexdigest()
+    ready.console("was uploaded in tab")
+    # A further deployment, under the page that is open.
+    ready.arena.switch(uploads={"offered": True, "deployment": 2})
+    ready.client.chat.completions.create(model=GPT, messages=messages)
+    assert len([seen for seen in ready.arena.uploads() if seen["step"] == "put"]) == 2
 
 
 def test_ctrl_c_ends_it(everything: Everything) -> None:

@@ -51,7 +51,6 @@ from lmarena_proxy import (
     TokenEstimate,
     Usage,
     attach,
-    check_size,
     cite,
     count_usage,
     encode_completion,
@@ -59,11 +58,13 @@ from lmarena_proxy import (
     encode_json,
     estimate_tokens,
     finish_reason,
+    is_too_large,
     media_markdown,
     media_type,
     read_chat,
     read_image_edit,
     read_image_generation,
+    refuse_size,
     sum_usage,
 )
 
@@ -905,14 +906,15 @@ def test_a_form_is_read_whatever_its_parts_say_of_themselves() -> None:
 
 @pytest.mark.parametrize("limit_mb", [1, 2, 3, 5])
 def test_an_image_may_be_as_large_as_the_site_takes_and_no_larger(limit_mb: int) -> None:
-    """To within the three bytes that one group of base64 stands for."""
-    check_size(attach("image/png", bytes(limit_mb << 20)), limit_mb, "here")
-    for size in ((limit_mb << 20) + 4, limit_mb << 21):
-        with pytest.raises(ClientError, match=f"{limit_mb} MiB") as caught:
-            check_size(attach("image/png", bytes(size)), limit_mb, "here")
-        error = caught.value
+    assert not is_too_large(attach("image/png", bytes(limit_mb << 20)), limit_mb)
+    for size in ((limit_mb << 20) + 1, limit_mb << 21):
+        image = attach("image/png", bytes(size))
+        assert is_too_large(image, limit_mb)
+        error = refuse_size(image, limit_mb, "here", "there is no other way")
         assert (error.http_status, error.error_code, error.param) == (413, "request_too_large", "here")
         assert error.message.startswith("here:")
+        assert f"{limit_mb} MiB" in error.message
+        assert error.message.endswith("there is no other way.")
 
 
 def test_an_attachment_has_a_name_of_its_own() -> None:

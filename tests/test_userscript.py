@@ -1,6 +1,7 @@
 """bridge.user.js in a real Chromium, between a scripted program and the stand-in arena."""
 
 import base64
+import hashlib
 import json
 import socket
 import urllib.parse
@@ -115,6 +116,7 @@ def test_a_visitor_passes_the_check_then_accepts_the_terms_and_is_ready(
     at_check = bridge.connection()
     assert at_check.first("hello") | {"state": "", "url": ""} == {
         "type": "hello", "protocol": 1, "script": "1.0.0", "url": "", "state": "", "account": None,
+        "features": ["upload"],
     }  # fmt: skip
     assert at_check.first("hello")["url"].startswith(SITE)
     assert at_check.origin == SITE
@@ -423,6 +425,245 @@ def test_what_arrives_together_goes_out_in_one_frame(
     pieces = sum(len(records_of(frame)) for frame in tab.frames)
     assert exchange.body.count(b"\n") == 2001
     assert len(tab.frames) <= pieces < 2001
+
+
+# ==== Uploads ===============================================================================================
+
+LARGE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * (1 << 16)  # 16 MiB
+SMALL = b"\x89PNG\r\n\x1a\n small"
+
+
+@pytest.fixture
+def uploads(page: Page, arena: ArenaProcess, bridge: ScriptedBridge) -> Connection:
+    """A tab that is ready, of a page that offers uploads."""
+    return offer(page, arena, bridge)
+
+
+def offer(page: Page, arena: ArenaProcess, bridge: ScriptedBridge, **uploads: Any) -> Connection:
+    arena.switch(uploads={"offered": True, **uploads})
+    sign_in(page)
+    wait_status(page, "ready")
+    connection = bridge.connected()
+    connection.wait_state("ready")
+    return connection
+
+
+def steps(arena: ArenaProcess) -> list[tuple[str, str]]:
+    return [(seen["step"], seen["outcome"]) for seen in arena.uploads()]
+
+
+def upload_by_hand(page: Page, data: bytes) -> str:
+    """What the person does with a file; returns what the page shows: its address at the site."""
+    page.set_input_files("#file", {"name": "by hand.png", "mimeType": "image/png", "buffer": data})
+    page.wait_for_function("document.querySelector('#uploaded').textContent")
+    return page.inner_text("#uploaded")
+
+
+def scripts_loaded(page: Page, action: Callable[[], Any]) -> list[str]:
+    """The scripts and pages that are asked for over the network during an action, as paths."""
+    seen: list[str] = []
+    page.on("request", lambda request: seen.append(urllib.parse.urlsplit(request.url).path))
+    action()
+    page.evaluate("0")  # lets the requests be told
+    return seen
+
+
+def test_an_upload_goes_the_page_s_own_way(uploads: Connection, page: Page, arena: ArenaProcess) -> None:
+    exchange = uploads.finish(uploads.upload(LARGE))
+    assert exchange.outcome
+    address = exchange.outcome.pop("url")
+    assert exchange.outcome == {"type": "uploaded", "id": 1}
+    assert address.startswith(f"{SITE}/storage/")
+    place, put, last = arena.uploads()
+    assert [seen["step"] for seen in (place, put, last)] == ["place", "put", "address"]
+    assert place["values"] == ["1.png", "image/png"]
+    assert (put["size_bytes"], put["digest"]) == (len(LARGE), hashlib.sha256(LARGE).hexdigest())
+    assert put["content_type"] == "image/png"
+    assert last["values"] == [urllib.parse.unquote(urllib.parse.urlsplit(address).path).split("/")[-1]]
+    # The storage gets no cookie, the site gets its own.
+    assert [seen["has_cookies"] for seen in (place, put, last)] == [True, False, True]
+    wait_status(page, "ready")
+
+
+def test_scripts_are_searched_when_an_upload_is_asked_for_and_once(
+    uploads: Connection, page: Page, arena: ArenaProcess
+) -> None:
+    first = scripts_loaded(page, lambda: uploads.finish(uploads.upload(SMALL)))
+    assert any(path.startswith("/assets/") for path in first)
+    again = scripts_loaded(page, lambda: uploads.finish(uploads.upload(SMALL)))
+    assert not any(path.startswith("/assets/") for path in again)
+    assert steps(arena) == [("place", "done"), ("put", "done"), ("address", "done")] * 2
+
+
+def test_several_uploads_at_once_do_not_mix(uploads: Connection, arena: ArenaProcess) -> None:
+    running = [uploads.upload(SMALL + bytes([number])) for number in range(6)]
+    urls = {uploads.finish(exchange).outcome["url"] for exchange in running}  # type: ignore[index]
+    assert len(urls) == 6
+    digests = {seen["digest"] for seen in arena.uploads() if seen["step"] == "put"}
+    assert digests == {hashlib.sha256(SMALL + bytes([number])).hexdigest() for number in range(6)}
+
+
+def test_a_page_without_uploads_says_so(tab: Connection, arena: ArenaProcess) -> None:
+    for _ in range(2):
+        outcome = tab.finish(tab.upload(SMALL)).outcome
+        assert outcome
+        assert (outcome["type"], outcome["reason"]) == ("error", "not_offered")
+        assert outcome["message"]
+    assert tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))).outcome == {"type": "end", "id": 3}
+
+
+def test_the_way_is_learned_from_an_upload_by_hand(
+    page: Page, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    tab = offer(page, arena, bridge, named=False)
+    assert tab.finish(tab.upload(SMALL)).outcome["reason"] == "not_offered"  # type: ignore[index]
+    assert upload_by_hand(page, SMALL).startswith(f"{SITE}/storage/")
+    before = len(arena.uploads())
+    loaded = scripts_loaded(page, lambda: tab.finish(tab.upload(LARGE)))
+    assert not any(path.startswith("/assets/") for path in loaded)
+    assert steps(arena)[before:] == [("place", "done"), ("put", "done"), ("address", "done")]
+    assert tab.all("uploaded")[0]["url"].startswith(f"{SITE}/storage/")
+
+
+def test_other_calls_of_the_page_teach_nothing(
+    page: Page, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    tab = offer(page, arena, bridge, named=False)
+    action = "ab" * 21
+    replies = ['1:{"success":true,"data":{"url":"https://x/"}}', '1:{"data":{"key":"k"}}', "no rows", ""]
+    for reply in replies:
+        page.route("**/other", answering(reply))
+        for body in ('["a.png","image/png"]', '["k"]', "[1]", "{}", "x"):
+            page.evaluate(
+                "([id, body]) => fetch('/other', {method: 'POST', body, headers: {'Next-Action': id}})"
+                ".then(response => response.text())",
+                [action, body],
+            )
+        page.unroute("**/other")
+    assert tab.finish(tab.upload(SMALL)).outcome["reason"] == "not_offered"  # type: ignore[index]
+
+
+def test_ids_that_a_deployment_has_changed_are_learned_anew_once(
+    uploads: Connection, page: Page, arena: ArenaProcess
+) -> None:
+    uploads.finish(uploads.upload(SMALL))
+    arena.switch(uploads={"offered": True, "deployment": 2})
+    loaded = scripts_loaded(page, lambda: uploads.finish(uploads.upload(SMALL)))
+    assert "/assets/upload-2.js" in loaded
+    assert len(uploads.all("uploaded")) == 2
+    # Gone altogether, it is looked for and not found; the page itself was never loaded anew.
+    arena.switch(uploads={"offered": True, "deployment": 3, "named": False})
+    assert uploads.finish(uploads.upload(SMALL)).outcome["reason"] == "not_offered"  # type: ignore[index]
+    assert not uploads.closed
+    arena.switch(uploads={"offered": True, "deployment": 4})
+    assert uploads.finish(uploads.upload(SMALL)).outcome["type"] == "uploaded"  # type: ignore[index]
+
+
+def test_an_answer_that_means_nothing_is_not_held_against_the_page_for_ever(
+    page: Page, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    tab = offer(page, arena, bridge, status={"place": 200}, status_times=1)
+    outcomes = [tab.finish(tab.upload(SMALL)).outcome for _ in range(2)]
+    assert [outcome and outcome["type"] for outcome in outcomes] == ["error", "uploaded"]
+    assert outcomes[0]
+    assert outcomes[0]["reason"] == "not_offered"
+
+
+def test_a_deployment_is_noticed_by_all_that_are_under_way(
+    uploads: Connection, page: Page, arena: ArenaProcess
+) -> None:
+    uploads.finish(uploads.upload(SMALL))
+    arena.switch(uploads={"offered": True, "deployment": 2})
+    running = [uploads.upload(SMALL + bytes([number])) for number in range(5)]
+    assert {uploads.finish(each).outcome["type"] for each in running} == {"uploaded"}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("step", ["place", "put", "address"])
+def test_an_upload_can_be_aborted(page: Page, arena: ArenaProcess, bridge: ScriptedBridge, step: str) -> None:
+    tab = offer(page, arena, bridge, hang=step)
+    hanging = tab.upload(SMALL)
+    eventually(lambda: (step, "running") in steps(arena), "the step")
+    tab.send(type="abort", id=hanging.number)
+    assert tab.finish(hanging).outcome | {"message": ""} == {  # type: ignore[operator]
+        "type": "error", "id": 1, "reason": "aborted", "message": "",
+    }  # fmt: skip
+    eventually(lambda: (step, "aborted") in steps(arena), "the abort at the site")
+
+
+@pytest.mark.parametrize("step", ["place", "address"])
+def test_a_refusal_of_the_site_is_passed_on(
+    page: Page, arena: ArenaProcess, bridge: ScriptedBridge, step: str
+) -> None:
+    tab = offer(page, arena, bridge, status={step: 429}, headers={"retry-after": "7"})
+    refused = tab.finish(tab.upload(SMALL))
+    headers = {"content-type": "application/json", "retry-after": "7"}
+    assert refused.head == {"type": "response", "id": 1, "status": 429, "headers": headers}
+    assert json.loads(refused.body) == {"error": "not now"}
+    assert refused.outcome == {"type": "end", "id": 1}
+    challenge = {"cf-mitigated": "challenge"}
+    arena.switch(uploads={"offered": True, "status": {step: 403}, "headers": challenge})
+    checked = tab.finish(tab.upload(SMALL))
+    assert checked.head
+    assert checked.head["headers"]["cf-mitigated"] == "challenge"
+    wait_status(page, "check_due")
+
+
+def test_the_site_s_words_and_the_storage_s_refusal_are_told(
+    page: Page, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    tab = offer(page, arena, bridge, words="Too many pixels")
+    assert tab.finish(tab.upload(SMALL)).outcome == {
+        "type": "error", "id": 1, "reason": "refused", "message": "Too many pixels",
+    }  # fmt: skip
+    arena.switch(uploads={"offered": True, "status": {"put": 403}})
+    outcome = tab.finish(tab.upload(SMALL)).outcome
+    assert outcome
+    assert (outcome["reason"], outcome["message"]) == ("network", "the site's storage answered 403")
+
+
+PLACES = {
+    "plain http": "http://storage.example/x",
+    "a script": "javascript:alert(1)",
+    "no address": "storage",
+    "data": "data:image/png;base64,AAAA",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_is_put_where_it_could_be_read_on_the_way(
+    uploads: Connection, page: Page, arena: ArenaProcess, place: str
+) -> None:
+    arena.switch(uploads={"offered": True, "place": PLACES[place]})
+    seen = scripts_loaded(page, lambda: uploads.finish(uploads.upload(SMALL)))
+    outcome = uploads.all("error")[0]
+    assert (outcome["reason"], "https" in outcome["message"]) == ("refused", True)
+    assert {path for path in seen if not path.startswith("/assets/")} == {"/"}
+
+
+def test_what_is_no_upload_is_refused(uploads: Connection, arena: ArenaProcess) -> None:
+    good = {"name": "a.png", "content_type": "image/png", "data": base64.b64encode(SMALL).decode()}
+    wrongs: list[dict[str, Any]] = [
+        *({"name": 1}, {"data": None}, {"data": "%%%"}, {"content_type": "text/html"}, {"content_type": None})
+    ]
+    for number, wrong in enumerate(wrongs):
+        uploads.send(type="upload", id=number, **{**good, **wrong})
+        assert uploads.first("error", id=number)["reason"] == "refused", wrong
+    assert steps(arena) == []
+
+
+def test_the_page_s_own_upload_is_left_as_it_is(uploads: Connection, page: Page, arena: ArenaProcess) -> None:
+    assert upload_by_hand(page, LARGE).startswith(f"{SITE}/storage/")
+    [put] = [seen for seen in arena.uploads() if seen["step"] == "put"]
+    assert put["digest"] == hashlib.sha256(LARGE).hexdigest()
+    # Headers that can be read once only are not read.
+    got = page.evaluate(
+        """async () => {
+            function* headers() { yield ['next-action', 'ab'.repeat(21)]; yield ['x-more', '1']; }
+            const request = fetch('/', {method: 'POST', headers: headers(), body: '["a","b"]'});
+            return (await request).status;
+        }"""
+    )
+    assert got == 404
 
 
 # ==== Captures ==============================================================================================

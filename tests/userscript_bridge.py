@@ -5,6 +5,7 @@ or `Everything` has the real one, in a terminal. Tests are written without `awai
 what arrives. Every wait is a poll with a generous deadline.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -117,6 +118,14 @@ class Connection:
         self.exchanges.setdefault(exchange.number, exchange)
         text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
         self.send(type="fetch", id=exchange.number, method=method, path=path, body=text)
+        return exchange
+
+    def upload(self, data: bytes, content_type: str = "image/png") -> Exchange:
+        self.numbers += 1
+        exchange = self.exchanges[self.numbers] = Exchange(self.numbers)
+        encoded = base64.b64encode(data).decode()
+        fields = {"name": f"{self.numbers}.png", "content_type": content_type, "data": encoded}
+        self.send(type="upload", id=exchange.number, **fields)
         return exchange
 
     def finish(self, exchange: Exchange) -> Exchange:
@@ -255,6 +264,11 @@ class ArenaProcess:
     def record(self) -> list[dict[str, Any]]:
         seen = self.control("GET", "record")
         return seen if isinstance(seen, list) else seen["record"]
+
+    def uploads(self) -> list[dict[str, Any]]:
+        """The steps of uploads that it has seen."""
+        seen: list[dict[str, Any]] = self.control("GET", "uploads")
+        return seen
 
     def stats(self) -> dict[str, Any]:
         stats: dict[str, Any] = self.control("GET", "stats")
