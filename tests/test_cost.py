@@ -92,7 +92,7 @@ def test_a_chunk_is_decoded_shown_and_encoded_in_few_calls() -> None:
 class Connection:
     """Stands in for HttpConnection, before a client that reads all."""
 
-    is_holding = False
+    has_body_here = True
     written = b""
 
     def write_now(self, data: bytes | bytearray) -> int:
