@@ -4574,11 +4574,13 @@ class Pump:
     def __init__(self, exchange: Exchange, sink: Sink, lease: Lease, limits: Limits) -> None:
         self._exchange, self._sink, self._lease, self._limits = exchange, sink, lease, limits
         self._decoder, self._size = ArenaStreamDecoder(), 0
-        self._heard_at = trio.current_time()
+        # Since when the site is waited for.
+        self._heard_at = -math.inf
 
     async def run(self) -> Finish | None:
         """The good end of the answer, None where the sink had enough. Raises Setback, ExchangeBroken."""
         while True:
+            self._heard_at = trio.current_time()
             data = await self._receive()
             self._count(data)
             try:
@@ -4597,7 +4599,6 @@ class Pump:
                 return finish
             if not data:
                 raise _failed_late("counts", "The site's answer was cut off.")
-            self._heard_at = trio.current_time()
 
     async def _receive(self) -> bytes:
         """What is not text, or cannot be delivered at once; b"" at the end."""
@@ -4707,12 +4708,13 @@ class Attempt:
     async def _exchange(self, messages: Sequence[Message], sink: Sink) -> Finish | None:
         """Send, read the head, and pump the body into the sink."""
         with self._send(messages) as exchange:
+            pump = Pump(exchange, sink, self._lease, self._limits)
             try:
                 with trio.move_on_after(self._limits.first_byte_seconds) as patience:
                     await self._check_head(await exchange.head(), exchange)
                 if patience.cancelled_caught:
                     raise _timed_out(f"The site sent nothing within {self._limits.first_byte_seconds:g} s.")
-                return await Pump(exchange, sink, self._lease, self._limits).run()
+                return await pump.run()
             except ExchangeBroken as broken:
                 raise _tell_broken(broken) from None
 
