@@ -598,7 +598,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @settings(
-    max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 @given(FIRST, SCRIPT)
 def test_whatever_the_tabs_do_everybody_is_told_and_nothing_is_left(
