@@ -3,6 +3,7 @@
 One small application stands behind both: it streams, in pieces, what the request's body says.
 """
 
+import errno
 import functools
 import itertools
 import json
@@ -16,7 +17,14 @@ import trio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lmarena_proxy import HttpConnection, HttpRequest, OddConnection, read_plain_head
+from lmarena_proxy import (
+    HttpConnection,
+    HttpListener,
+    HttpRequest,
+    OddConnection,
+    ServerConfig,
+    read_plain_head,
+)
 
 Event = tuple[Any, ...]
 
@@ -232,3 +240,42 @@ async def test_a_client_that_leaves_before_its_answer_is_told_nothing() -> None:
             await client.send_all(streamed([1]))
             await client.send_eof()
             assert await client.receive_some() == b""
+
+
+class FullListener:
+    """Stands in for a listener of a system that can open no more files, once; then one connection comes."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._answers: list[Any] = [OSError(errno.EMFILE, "Too many open files"), stream]
+
+    async def accept(self) -> trio.SocketStream:
+        if not self._answers:
+            await trio.sleep_forever()
+        answer = self._answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        stream: trio.SocketStream = answer
+        return stream
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+
+async def test_a_system_that_is_full_for_a_moment_ends_nothing() -> None:
+    with trio.fail_after(60):
+        [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        client = await trio.open_tcp_stream(*listener.socket.getsockname()[:2])
+        async with listener, client, trio.open_nursery() as nursery:
+            full: Any = FullListener(await listener.accept())
+            app: Any = application
+            server = HttpListener(app, ServerConfig(), 10)
+            nursery.start_soon(server._listen, full, nursery)
+            await client.send_all(LAST)
+            answered = b""
+            while data := await client.receive_some():
+                answered += data
+            nursery.cancel_scope.cancel()
+    assert read_answers(answered, ["GET"])[0][0] == 200
