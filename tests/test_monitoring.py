@@ -347,7 +347,8 @@ async def test_a_running_request_is_shown_and_can_be_aborted(nursery: trio.Nurse
 
         async def streaming() -> Any:
             running = (await rig.state())["running"]
-            return running if [each["state"] for each in running] == ["streaming"] * 2 else None
+            shown = [(each["state"], each["characters"]) for each in running]
+            return running if shown == [("streaming", 16)] * 2 else None  # Two lines: all that comes.
 
         running = await eventually(streaming)
         for each in running:
