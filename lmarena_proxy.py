@@ -1587,12 +1587,18 @@ class Answer:
     def reasoning(self) -> str:
         return "".join(self.reasonings)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether text is shown as it is: nothing is looked for in it, and nothing stands above it."""
+        return self._is_plain and not self.media
+
     def take(self, events: Sequence[AnswerEvent]) -> list[AnswerEvent]:
         """The next events in; out, text, reasoning and sources to show. Nothing more once there was a cut."""
         for event in events:
             if self.cut:
                 break
-            if isinstance(event, Text) and self.take_text(event.text):
+            if isinstance(event, Text) and self.is_plain:
+                self.texts.append(event.text)
                 self._shown.append(event)
             elif isinstance(event, Text):
                 self._show_text(self._stops.feed(event.text) if self._stops else event.text)
@@ -1607,13 +1613,6 @@ class Answer:
                 self.sources.append(event)
                 self._shown.append(event)
         return self._take_shown()
-
-    def take_text(self, text: str) -> bool:
-        """Take text that is shown as it is; False, and nothing taken, where more is to be done with it."""
-        if not self._is_plain or self.media:
-            return False
-        self.texts.append(text)
-        return True
 
     def end(self, finish: Finish | None) -> list[AnswerEvent]:
         """The answer's end in, None where it was cut; out, what was held back and what comes last.
@@ -3482,7 +3481,7 @@ class Exchange:
         self._lot.unpark_all()
 
     def feed(self, data: bytes) -> None:
-        if self.is_over or (self._take and self._is_taken(data)):
+        if self.is_over or (self._take and self._is_taken(self._take, data)):
             return
         self._chunks.append(data)
         self._size += len(data)
@@ -3495,11 +3494,10 @@ class Exchange:
         elif self._lot:
             self._lot.unpark_all()
 
-    def _is_taken(self, data: bytes) -> bool:
+    def _is_taken(self, take: Callable[[bytes], bool], data: bytes) -> bool:
         """Whether the waiting task's `take` has it. What goes wrong there is that task's affair."""
-        assert self._take
         try:
-            return not self._chunks and self._take(data)
+            return not self._chunks and take(data)
         except Exception as error:
             self._trouble = error
             return False
@@ -3724,7 +3722,7 @@ class FrameLane(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send what the library sends: the handshake's answer, pongs, a close."""
         async with self._sending:
-            self._has_closed = self._opened.is_set() and data[0] == self.FINAL | self.CLOSE
+            self._has_closed |= self._opened.is_set() and data[0] == self.FINAL | self.CLOSE
             await self._stream.send_all(data)
 
     async def send_texts(self, texts: Iterable[bytes]) -> None:
@@ -4433,8 +4431,13 @@ class Sink(Protocol):
         """Take the next events. False when nothing of the answer is wanted any more."""
         ...
 
-    def deliver_now(self, text: str) -> bool:
-        """Take the next text, where that can be done without waiting. False, and nothing taken, where not."""
+    @property
+    def takes_now(self) -> bool:
+        """Whether text can be delivered without waiting for anything."""
+        ...
+
+    def deliver_now(self, text: str) -> None:
+        """Take the next text, when that can be done."""
         ...
 
     def restart(self) -> bool:
@@ -4448,8 +4451,12 @@ class Discard:
     async def deliver(self, events: Sequence[AnswerEvent]) -> bool:
         return True
 
-    def deliver_now(self, text: str) -> bool:
+    @property
+    def takes_now(self) -> bool:
         return True
+
+    def deliver_now(self, text: str) -> None:
+        pass
 
     def restart(self) -> bool:
         return True
@@ -4616,10 +4623,12 @@ class Pump:
 
     def _take_now(self, data: bytes) -> bool:
         """Hand on what is text and can be delivered at once; False, and nothing taken, for all else."""
-        text = self._decoder.feed_text(data)
-        if text is None or (text and not self._sink.deliver_now(text)):
+        text = self._decoder.feed_text(data) if self._sink.takes_now else None
+        if text is None:
             return False
         self._count(data)
+        if text:
+            self._sink.deliver_now(text)
         return True
 
     def _count(self, data: bytes) -> None:
@@ -6080,7 +6089,7 @@ class Metrics:
 # origin), gives it its id, and renders its error, if nothing has been sent yet.
 #
 # One nursery a chat request: the task that answers, one that attends to the client (its leaving, keep-
-# alives), and for a stream the one that writes.
+# alives), and one that writes for as long as a stream's client does not take all at once.
 
 ASGIReceive = Callable[[], Awaitable[Any]]
 ASGISend = Callable[[Any], Awaitable[None]]
@@ -6311,8 +6320,9 @@ class HttpConnection:
         data = data[self.write_now(data) :]
         if self._held or data:
             data, self._held = self._held + data, b""
-            async with self._writing:
-                with trio.CancelScope(shield=True):
+            # Shielded from before the lock on: what was taken out of `_held` must not be lost.
+            with trio.CancelScope(shield=True):
+                async with self._writing:
                     try:
                         await self._stream.send_all(data)
                     except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -6712,11 +6722,13 @@ class Choice:
             await self._reply.show(self._index, shown)
         return self.answer.cut is None
 
-    def deliver_now(self, text: str) -> bool:
-        if not self._reply.can_show_now or not self.answer.take_text(text):
-            return False
+    @property
+    def takes_now(self) -> bool:
+        return self._reply.can_show_now and self.answer.is_plain
+
+    def deliver_now(self, text: str) -> None:
+        self.answer.texts.append(text)
         self._reply.show_now(self._index, text)
-        return True
 
     async def _keep(self, event: AnswerEvent, files: MediaFiles) -> AnswerEvent:
         own_url = f"http://{self._reply.http.headers['host']}"
@@ -6977,23 +6989,24 @@ class Answers:
 
     async def _answer_all(self, reply: Reply, choices: Sequence[Choice]) -> None:
         """Let the relay fill all choices, side by side; the first that fails ends all."""
-        upload = self._relay.uploader.way(choices[0].lease, self._limits())
+        limits = self._limits()
+        upload = self._relay.uploader.way(choices[0].lease, limits)
         messages = await self._media.attach_all(reply.asked, self._config.arena.max_attachment_mb, upload)
         if len(choices) == 1:
-            await self._answer_one(choices[0], messages)
+            await self._answer_one(choices[0], messages, limits)
             return
         try:
             async with trio.open_nursery() as nursery:
                 for choice in choices:
-                    nursery.start_soon(self._answer_one, choice, messages)
+                    nursery.start_soon(self._answer_one, choice, messages, limits)
         except BaseExceptionGroup as group:
             failure = first_of(group, ApiError, ClientLeft)
         else:
             return
         raise failure
 
-    async def _answer_one(self, choice: Choice, messages: Sequence[Message]) -> None:
-        await choice.finish(await self._relay.answer(choice.lease, messages, choice, self._limits()))
+    async def _answer_one(self, choice: Choice, messages: Sequence[Message], limits: Limits) -> None:
+        await choice.finish(await self._relay.answer(choice.lease, messages, choice, limits))
 
     def _limits(self) -> Limits:
         settings = self._config.requests
@@ -7089,7 +7102,7 @@ class ApiApp(QuartTrio):
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})  # This port has none: a 403.
         else:
-            await self.asgi_http_class(self, scope)(receive, send)
+            await self.asgi_http_class(self, scope)(receive, send)  # All that Quart would do with it.
 
 
 class ApiConnection(TrioASGIHTTPConnection):

@@ -44,7 +44,7 @@ from demo.twin import Twin
 
 PROMPT = "按回车键继续"
 START_LIMIT_SECONDS = 1.5
-# Newer Pythons take a little more themselves: the same program has 59.8 MB with 3.11, 60.3 and 61.0 after it.
+# Newer Pythons take a little more themselves.
 IDLE_LIMIT_MB = 60 if sys.version_info < (3, 12) else 62
 SLOW_GUARD = 4  # a machine that is busy with other tests may take so many times as long
 SESSION_LINE = re.compile(r"(\S+): session (\S+) message (\S+) \(bootstrap\)")

@@ -48,19 +48,23 @@ class Recorder:
         self.events: list[AnswerEvent] = []
         self.taken_now = 0
         self.trouble: Exception | None = None
+        # How the answer has ended.
+        self.results: list[Any] = []
 
     async def deliver(self, events: Sequence[AnswerEvent]) -> bool:
         self.events += events
         await trio.sleep(self.pause_seconds)
         return True
 
-    def deliver_now(self, text: str) -> bool:
+    @property
+    def takes_now(self) -> bool:
+        return self.is_quick
+
+    def deliver_now(self, text: str) -> None:
         if self.trouble:
             raise self.trouble
-        if self.is_quick:
-            self.events.append(Text(text))
-            self.taken_now += 1
-        return self.is_quick
+        self.events.append(Text(text))
+        self.taken_now += 1
 
     def restart(self) -> bool:
         return False
@@ -78,17 +82,17 @@ def pump(exchange: Exchange, sink: Recorder, **fields: float) -> Pump:
     return Pump(exchange, sink, Lease("req_1", MODEL), limits(**fields))
 
 
-async def run(exchange: Exchange, sink: Recorder, results: list[Any], **fields: float) -> None:
+async def run(exchange: Exchange, sink: Recorder, **fields: float) -> None:
     try:
-        results.append(await pump(exchange, sink, **fields).run())
+        sink.results.append(await pump(exchange, sink, **fields).run())
     except (Setback, ExchangeBroken, ValueError) as error:
-        results.append(error)
+        sink.results.append(error)
 
 
 async def test_text_is_delivered_in_the_step_that_brings_it(autojump_clock: MockClock) -> None:
-    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    exchange, sink = Exchange(1), Recorder()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run, exchange, sink, results)
+        nursery.start_soon(run, exchange, sink)
         exchange.feed(line("first"))
         await trio.testing.wait_all_tasks_blocked()
         exchange.feed(line("second ") + line("third"))
@@ -100,7 +104,7 @@ async def test_text_is_delivered_in_the_step_that_brings_it(autojump_clock: Mock
         exchange.feed(line("last") + END)
         exchange.end()
     assert text_of(sink.events) == "firstsecond thirdcut in twolast"
-    assert results == [Finish("stop")]
+    assert sink.results == [Finish("stop")]
     assert sink.taken_now == 1
 
 
@@ -133,12 +137,12 @@ def test_whatever_is_handed_on_by_whom_all_arrives_in_order(
     body = line("begin") + b"".join(lines) + END
     places = sorted({0, *(cut % len(body) for cut in cuts), len(body)})
     pieces = [body[start:end] for start, end in itertools.pairwise(places)]
-    sink, results = Recorder(), []  # type: ignore[var-annotated]
+    sink = Recorder()
 
     async def play() -> None:
         exchange = Exchange(1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run, exchange, sink, results)
+            nursery.start_soon(run, exchange, sink)
             for piece in pieces:
                 sink.is_quick = chance.random() < 0.7
                 sink.pause_seconds = chance.choice((0, 0, 0.01))
@@ -149,83 +153,83 @@ def test_whatever_is_handed_on_by_whom_all_arrives_in_order(
 
     trio.run(play, clock=MockClock(autojump_threshold=0))
     expected = ArenaStreamDecoder().feed(body)
-    assert results == [expected.pop()]
+    assert sink.results == [expected.pop()]
     assert text_of(sink.events) == text_of(expected)
     others = [event for event in sink.events if not isinstance(event, Text)]
     assert others == [event for event in expected if not isinstance(event, Text)]
 
 
 async def test_text_that_is_handed_on_at_once_keeps_the_answer_alive(autojump_clock: MockClock) -> None:
-    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    exchange, sink = Exchange(1), Recorder()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run, exchange, sink, results)
+        nursery.start_soon(run, exchange, sink)
         for _ in range(8):
             exchange.feed(line("more"))
             await trio.sleep(7)
         fed_at = trio.current_time() - 7
     assert sink.taken_now == 7
-    assert str(results[0]) == "The site fell silent for 10 s."
+    assert str(sink.results[0]) == "The site fell silent for 10 s."
     assert trio.current_time() == pytest.approx(fed_at + 10)
 
 
 async def test_until_the_first_text_patience_is_longer(autojump_clock: MockClock) -> None:
-    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    exchange, sink = Exchange(1), Recorder()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run, exchange, sink, results)
+        nursery.start_soon(run, exchange, sink)
         await trio.sleep(1)
         exchange.feed(line(""))
         await trio.sleep(40)
         exchange.feed(line("first"))
         began_at = trio.current_time()
-    assert str(results[0]) == "The site fell silent for 10 s."
+    assert str(sink.results[0]) == "The site fell silent for 10 s."
     assert trio.current_time() == pytest.approx(began_at + 10)
 
 
 async def test_a_slow_sink_is_not_the_sites_silence(autojump_clock: MockClock) -> None:
-    exchange, sink, results = Exchange(1), Recorder(is_quick=False, pause_seconds=60), []  # type: ignore[var-annotated]
+    exchange, sink = Exchange(1), Recorder(is_quick=False, pause_seconds=60)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run, exchange, sink, results)
+        nursery.start_soon(run, exchange, sink)
         for text in "abc":
             exchange.feed(line(text))
             await trio.sleep(65)
         exchange.feed(END)
-    assert results == [Finish("stop")]
+    assert sink.results == [Finish("stop")]
     assert text_of(sink.events) == "abc"
 
 
 async def test_trouble_in_the_sink_is_its_own_requests() -> None:
-    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    exchange, sink = Exchange(1), Recorder()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run, exchange, sink, results)
+        nursery.start_soon(run, exchange, sink)
         exchange.feed(line("first"))
         await trio.testing.wait_all_tasks_blocked()
         sink.trouble = ValueError("no such encoder")
         exchange.feed(line("second"))  # The bridge, which calls this, sees nothing of it.
-    assert results == [sink.trouble]
+    assert sink.results == [sink.trouble]
 
 
 async def test_an_answer_without_end_is_cut_off_wherever_its_text_goes() -> None:
-    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    exchange, sink = Exchange(1), Recorder()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(functools.partial(run, answer_bytes=1 << 20), exchange, sink, results)
-        nursery.start_soon(feed_endlessly, exchange, results)
-    assert "does not end" in str(results[0])
+        nursery.start_soon(functools.partial(run, answer_bytes=1 << 20), exchange, sink)
+        nursery.start_soon(feed_endlessly, exchange, sink)
+    assert "does not end" in str(sink.results[0])
     assert sink.taken_now
 
 
-async def feed_endlessly(exchange: Exchange, results: list[Any]) -> None:
-    while not results:
+async def feed_endlessly(exchange: Exchange, sink: Recorder) -> None:
+    while not sink.results:
         exchange.feed(line("x" * 1000))
         await trio.testing.wait_all_tasks_blocked()
 
 
 async def test_after_a_cancellation_nothing_is_handed_on(autojump_clock: MockClock) -> None:
-    exchange, sink, results = Exchange(1), Recorder(), []  # type: ignore[var-annotated]
+    exchange, sink = Exchange(1), Recorder()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run, exchange, sink, results)
+        nursery.start_soon(run, exchange, sink)
         exchange.feed(line("first"))
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     exchange.feed(line("second"))
     assert sink.events == [Text("first")]
-    assert results == []
+    assert sink.results == []
