@@ -862,10 +862,13 @@ NOTIFICATIONS = """
 """
 
 
-def sign_out_and_in(stage: Stage, board: Board) -> None:
+def sign_out_and_in(stage: Stage, board: Board, *, is_told: bool) -> None:
     stage.call(stage.rig.twin.sign_out)
     board.shows("The site asks you to sign in or to accept its terms")
-    board.page.wait_for_timeout(4500)  # it waits a moment for what passes by itself
+    if is_told:  # it waits a moment for what passes by itself
+        eventually(lambda: board.page.evaluate("shown.length"), "a notification")
+    else:
+        board.page.wait_for_timeout(4500)
     stage.call(stage.rig.make_ready)
     expect(board.page.locator(".banner")).to_have_count(0)
     board.page.wait_for_timeout(2500)  # it looks once a second
@@ -878,16 +881,16 @@ def test_the_desktop_is_told_that_the_person_is_needed_once_they_have_turned_tha
         board = Board(browser, stage.url)
         board.page.add_init_script(NOTIFICATIONS.replace("ANSWER", "granted"))
         board.open("settings")
-        sign_out_and_in(stage, board)
+        sign_out_and_in(stage, board, is_told=False)
         assert board.page.evaluate("shown") == []
         board.button("Turn on").click()
-        sign_out_and_in(stage, board)
+        sign_out_and_in(stage, board, is_told=True)
         title = "The site asks you to sign in or to accept its terms"
         assert board.page.evaluate("shown") == [[title, True]]
         board.page.get_by_text("With sound").click()
         board.page.reload()
         expect(board.page.get_by_label("With sound")).to_be_checked()
-        sign_out_and_in(stage, board)
+        sign_out_and_in(stage, board, is_told=True)
         assert board.page.evaluate("shown") == [[title, False]]
         board.button("Turn off").click()
         expect(board.button("Turn on")).to_be_visible()
