@@ -4407,7 +4407,7 @@ class BridgeListener:
 #     conversation whose first answer was aborted so has no message to retry, and does not join the pool.
 #   - An answer's text, where nothing is to be done with it but to show it, goes to its sink in the bridge's
 #     own step, as it arrives, and only while the attempt's task waits for it: so there is one order, and a
-#     task switch only for the first text, for the end, and for what may wait.
+#     task switch only for the head, for the end, and for what may wait.
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -4582,8 +4582,9 @@ class Pump:
     def __init__(self, exchange: Exchange, sink: Sink, lease: Lease, limits: Limits) -> None:
         self._exchange, self._sink, self._lease, self._limits = exchange, sink, lease, limits
         self._decoder, self._size = ArenaStreamDecoder(), 0
-        # Since when the site is waited for.
+        # Since when the site is waited for, and how long it may be.
         self._heard_at = -math.inf
+        self._patience = trio.CancelScope()
 
     async def run(self) -> Finish | None:
         """The good end of the answer, None where the sink had enough. Raises Setback, ExchangeBroken."""
@@ -4598,7 +4599,7 @@ class Pump:
             last = events.pop() if self._decoder.is_finished and events else None
             if events:
                 if self._lease.first_byte_at is None:
-                    self._lease.first_byte_at = self._heard_at
+                    self._begin()
                 if not await self._sink.deliver(events):
                     return last if isinstance(last, Finish) and last.reason != "error" else None
             if last is not None:
@@ -4612,14 +4613,23 @@ class Pump:
         """What is not text, or cannot be delivered at once; b"" at the end."""
         if not self._exchange.is_silent:
             return await self._exchange.receive()  # A scope costs more than what is done in it without one.
-        has_begun = self._lease.first_byte_at is not None
-        seconds = self._limits.idle_seconds if has_begun else self._limits.first_byte_seconds
         while True:
-            with trio.move_on_at(self._heard_at + seconds):
-                return await self._exchange.receive(self._take_now if has_begun else None)
+            with trio.move_on_at(self._silent_until()) as self._patience:
+                return await self._exchange.receive(self._take_now)
             # The deadline stayed where it was while text came in that was handed on at once.
-            if trio.current_time() >= self._heard_at + seconds:
+            if trio.current_time() >= self._silent_until():
+                seconds = self._silent_until() - self._heard_at
                 raise _timed_out(f"The site fell silent for {seconds:g} s.")
+
+    def _silent_until(self) -> float:
+        """When the site has been silent for too long."""
+        has_begun = self._lease.first_byte_at is not None
+        return self._heard_at + (self._limits.idle_seconds if has_begun else self._limits.first_byte_seconds)
+
+    def _begin(self) -> None:
+        """The answer has something to show for the first time."""
+        self._lease.first_byte_at = self._heard_at
+        self._patience.deadline = self._silent_until()  # It was set for the first byte.
 
     def _take_now(self, data: bytes) -> bool:
         """Hand on what is text and can be delivered at once; False, and nothing taken, for all else."""
@@ -4628,6 +4638,8 @@ class Pump:
             return False
         self._count(data)
         if text:
+            if self._lease.first_byte_at is None:
+                self._begin()
             self._sink.deliver_now(text)
         return True
 
@@ -6272,8 +6284,7 @@ class HttpConnection:
     async def send(self, message: Any) -> None:
         """ASGI's; the head travels with the first of the body."""
         if message["type"] == "http.response.start":
-            self._held = self._render_head(message["status"], message["headers"])
-            self._has_started = True
+            self.start(message["status"], message["headers"])
             return
         data = message.get("body", b"")
         if self._is_chunked and data:
@@ -6282,6 +6293,11 @@ class HttpConnection:
             self._has_ended = True
             data += b"0\r\n\r\n" * self._is_chunked
         await self.write(data)
+
+    def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Begin an answer."""
+        self._held = self._render_head(status, headers)
+        self._has_started = True
 
     def _render_head(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> bytes:
         names = {name for name, _ in headers}
@@ -6372,11 +6388,14 @@ class HttpRequest:
         if message["type"] == "http.response.start":
             self.has_started = True
             await self._drain()
-            extra = [(name.encode(), value.encode("latin-1")) for name, value in self.extra_headers.items()]
-            message = {**message, "headers": [*message["headers"], *extra]}
+            message = {**message, "headers": self._all_headers(message["headers"])}
         elif not message.get("more_body"):
             self.has_ended = True
         await self._send(message)
+
+    def _all_headers(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        extra = self.extra_headers.items()
+        return [*headers, *((name.encode(), value.encode("latin-1")) for name, value in extra)]
 
     async def _drain(self) -> None:
         """Read away what is left of the body: a client that is still sending would not see an early answer.
@@ -6397,8 +6416,19 @@ class HttpRequest:
         """Whether a body in pieces can be begun, and a piece be written, without waiting for anything."""
         return self._connection is not None and self._has_whole_body
 
+    def start_stream_now(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Begin a body that comes in pieces, if that can be done without waiting for anything.
+
+        The head travels with the first of them.
+        """
+        if not (self._connection and self.is_direct):
+            return False
+        self.has_started = True
+        self._connection.start(200, self._all_headers(headers))
+        return True
+
     async def start_stream(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Begin a body that comes in pieces; the head travels with the first of them."""
+        """Begin a body that comes in pieces."""
         await self.send({"type": "http.response.start", "status": 200, "headers": headers})
 
     def frame(self, data: bytes) -> bytes:
@@ -6628,6 +6658,7 @@ class StreamedReply(Reply):
     def _append(self, data: bytes) -> None:
         if not self._is_committed:
             self._is_committed = True
+            self.http.start_stream_now(self.HEADERS)
             data = self._opening + data
         self._outbox += self.http.frame(data)
         self._put_at = trio.current_time()
@@ -6661,15 +6692,14 @@ class StreamedReply(Reply):
     async def show(self, index: int, events: Sequence[AnswerEvent]) -> None:
         self._begun.add(index)
         encoder = self._encoders[index]
-        if not self.http.has_started and not self._is_writing and self.http.is_direct:
-            await self.http.start_stream(self.HEADERS)
         self._put(b"".join([encoder.event(event) for event in events]))
         while len(self._outbox) > self.OUTBOX_LIMIT_BYTES:
             await self._wait_for_client(self._emptied.park)
 
     @property
     def can_show_now(self) -> bool:
-        return self.http.has_started and not self._is_writing and not self._is_complete
+        can_begin = self.http.has_started or self.http.is_direct
+        return can_begin and not self._is_writing and not self._is_complete
 
     def show_now(self, index: int, text: str) -> None:
         self._begun.add(index)

@@ -93,8 +93,8 @@ async def test_text_is_delivered_in_the_step_that_brings_it(autojump_clock: Mock
     exchange, sink = Exchange(1), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
-        exchange.feed(line("first"))
         await trio.testing.wait_all_tasks_blocked()
+        exchange.feed(line("first"))
         exchange.feed(line("second ") + line("third"))
         assert sink.events == [Text("first"), Text("second third")]  # And no task has run since.
         exchange.feed(b'a0:"cut')
@@ -105,7 +105,7 @@ async def test_text_is_delivered_in_the_step_that_brings_it(autojump_clock: Mock
         exchange.end()
     assert text_of(sink.events) == "firstsecond thirdcut in twolast"
     assert sink.results == [Finish("stop")]
-    assert sink.taken_now == 1
+    assert sink.taken_now == 2
 
 
 KINDS = st.sampled_from(
@@ -183,6 +183,17 @@ async def test_until_the_first_text_patience_is_longer(autojump_clock: MockClock
         began_at = trio.current_time()
     assert str(sink.results[0]) == "The site fell silent for 10 s."
     assert trio.current_time() == pytest.approx(began_at + 10)
+
+
+async def test_from_the_first_text_on_patience_is_shorter(autojump_clock: MockClock) -> None:
+    exchange, sink = Exchange(1), Recorder()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink)
+        await trio.sleep(1)
+        exchange.feed(line("first"))
+        assert sink.taken_now == 1
+    assert str(sink.results[0]) == "The site fell silent for 10 s."
+    assert trio.current_time() == pytest.approx(11)
 
 
 async def test_a_slow_sink_is_not_the_sites_silence(autojump_clock: MockClock) -> None:
