@@ -119,25 +119,28 @@ from contextlib import (
     suppress,
 )
 from datetime import UTC, datetime
+from importlib.util import LazyLoader, module_from_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+)
 from urllib.parse import quote, unquote, urlsplit
 
-import httpx
-import hypercorn.config
 import msgspec
 import prometheus_client
 import trio
 import trio_websocket
-from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.events import RawData
-from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
-from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import ConnectionState
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from quart import Response, has_request_context, request
-from quart_trio import QuartTrio
-from quart_trio.asgi import TrioASGIHTTPConnection
 from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.control import strip_control_codes
@@ -146,15 +149,33 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text as RichText
-from werkzeug.exceptions import HTTPException
-from werkzeug.formparser import FormDataParser
-from werkzeug.http import parse_options_header
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
     import termios
+
+
+def load_later(name: str) -> Any:
+    """A library that is loaded when something of it is first used."""
+    if name not in sys.modules:
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            raise ModuleNotFoundError(name=name)
+        spec.loader = LazyLoader(spec.loader)
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+# A start needs none of these, and neither does an answer: they are a quarter of both its time and the memory.
+if TYPE_CHECKING:
+    import httpx
+    import quart
+    import quart_trio
+else:
+    httpx, quart, quart_trio = map(load_later, ("httpx", "quart", "quart_trio"))
 
 VERSION = "1.0.0"
 HERE = Path(__file__).resolve().parent
@@ -1400,6 +1421,11 @@ def read_image_generation(body: bytes) -> AnswerRequest:
 
 def read_image_edit(body: bytes, content_type: str) -> AnswerRequest:
     """Read the multipart body of POST /v1/images/edits. Raises ClientError naming the field."""
+    # Of Quart's libraries, and only now: few requests have this form.
+    from werkzeug.exceptions import HTTPException
+    from werkzeug.formparser import FormDataParser
+    from werkzeug.http import parse_options_header
+
     mimetype, options = parse_options_header(content_type)
     if mimetype.lower() != "multipart/form-data":
         raise ClientError(f"Expected a body of multipart/form-data, but got {mimetype or 'no type'}.")
@@ -2783,21 +2809,32 @@ def is_public(address: str, allowed: Iterable[str] = ()) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_loopback or ip.is_link_local)
 
 
-class PublicTransport(httpx.AsyncHTTPTransport):
-    """Connects to public addresses only, whatever names resolve to and wherever redirects lead."""
+class PublicTransport:
+    """Connects to public addresses only, whatever names resolve to and wherever redirects lead.
+
+    To httpx it is an AsyncBaseTransport; to be one in name, too, would load httpx at the start.
+    """
 
     def __init__(self, allowed_networks: Sequence[str], site_origins: Set[str], tls: ssl.SSLContext) -> None:
         # No connection serves a second request: the pool would know it by its address, and so hand it on to
         # another name at that address, whose certificate nobody has seen.
-        super().__init__(verify=tls, limits=httpx.Limits(max_keepalive_connections=0))
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._transport = httpx.AsyncHTTPTransport(verify=tls, limits=limits)
         self._allowed_networks, self._site_origins = allowed_networks, site_origins
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+    async def __aenter__(self) -> Self:
+        await self._transport.__aenter__()
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        await self._transport.__aexit__(*exception)
+
+    async def handle_async_request(self, request: "httpx.Request") -> "httpx.Response":
         url = request.url
         if url.scheme not in ("http", "https"):
             raise httpx.UnsupportedProtocol(f"{url.scheme}: is not fetched from")
         if f"{url.scheme}://{url.netloc.decode()}" in self._site_origins:
-            return await super().handle_async_request(request)
+            return await self._transport.handle_async_request(request)
         host = url.raw_host.decode()
         refusal: httpx.TransportError = httpx.ConnectError(f"{host} has no address")
         for address in await self._resolve(host, url.port or {"https": 443}.get(url.scheme, 80)):
@@ -2809,7 +2846,7 @@ class PublicTransport(httpx.AsyncHTTPTransport):
                 extensions={**request.extensions, "sni_hostname": host},
             )
             try:
-                return await super().handle_async_request(checked)
+                return await self._transport.handle_async_request(checked)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 refusal = error
         raise refusal
@@ -2883,7 +2920,7 @@ class MediaFiles:
 
     async def _get(self, url: str, limit_mb: int) -> bytes:
         tls = await trio.to_thread.run_sync(_tls)
-        transport = PublicTransport(self._config.allowed_networks, self.site_origins, tls)
+        transport: Any = PublicTransport(self._config.allowed_networks, self.site_origins, tls)
         headers = {"user-agent": f"lmarena_proxy/{VERSION}", "accept-encoding": "identity"}
         timeout = self._config.timeout_seconds
         async with httpx.AsyncClient(transport=transport, timeout=timeout, headers=headers) as client:
@@ -2900,7 +2937,7 @@ class MediaFiles:
                     await response.aclose()
         raise FetchFailed(f"its server redirects more than {self.MAX_REDIRECTS} times")
 
-    async def _read(self, response: httpx.Response, limit_mb: int) -> bytes:
+    async def _read(self, response: "httpx.Response", limit_mb: int) -> bytes:
         """The body as it comes over the wire: unpacked, a little could become very much."""
         if response.status_code != 200:
             raise FetchFailed(f"its server answered {response.status_code}")
@@ -6095,10 +6132,12 @@ class Metrics:
 # ==========================================================================================================
 #
 # Requests in the one form that nearly all clients send are read by `HttpConnection`; what is written
-# otherwise is Hypercorn's. Quart serves everything but the answers themselves. Those go straight to the
+# otherwise is Hypercorn's. Quart serves the dashboard and all that is behind it. Answers go straight to the
 # connection: an answer may wait minutes for its first byte, must notice a client that leaves at any moment,
-# and is where the cost of a chunk is. `ApiConnection` is where all meet: it admits a request (host, key,
-# origin), gives it its id, and renders its error, if nothing has been sent yet.
+# and is where the cost of a chunk is. `Api` is where all meet: it admits a request (host, key, origin), gives
+# it its id, and renders its error, if nothing has been sent yet.
+#
+# Hypercorn and Quart are loaded, in a thread, when the first request comes that is theirs.
 #
 # One nursery a chat request: the task that answers, one that attends to the client (its leaving, keep-
 # alives), and one that writes for as long as a stream's client does not take all at once.
@@ -6106,6 +6145,9 @@ class Metrics:
 ASGIReceive = Callable[[], Awaitable[Any]]
 ASGISend = Callable[[Any], Awaitable[None]]
 ASGIApp = Callable[[Any, ASGIReceive, ASGISend], Awaitable[None]]
+KEEP_ALIVE_SECONDS = 75
+# What is read of a connection at once.
+READ_BYTES = 1 << 16
 BODY_TIMEOUT_SECONDS = 60
 DRAIN_SECONDS, DRAIN_BYTES = 5, 256 << 20
 
@@ -6169,19 +6211,37 @@ def _date_header(now: int) -> bytes:
     return b"date: " + email.utils.formatdate(now, usegmt=True).encode()
 
 
-class OddConnection(TCPServer):
-    """A connection that is Hypercorn's, from a request on that is not plain; `data` was read of it."""
+def _load_hypercorn() -> None:
+    import hypercorn.trio.tcp_server  # noqa: F401
 
-    def __init__(
-        self, app: ASGIApp, settings: hypercorn.config.Config, stream: trio.SocketStream, data: bytes
-    ) -> None:
-        super().__init__(ASGIWrapper(app), settings, WorkerContext(None), ConnectionState({}), stream)  # type: ignore[arg-type]
-        self._data = data
 
-    async def _read_data(self) -> None:
-        await self.protocol.handle(RawData(self._data))
-        await super()._read_data()
-        await self.idle_task.stop()  # Else the connection would last as long as it may be idle.
+async def serve_by_hypercorn(app: ASGIApp, stream: trio.SocketStream, data: bytes) -> None:
+    """Serve a connection from a request on that is not plain; `data` was read of it."""
+    await trio.to_thread.run_sync(_load_hypercorn)
+    from hypercorn.app_wrappers import ASGIWrapper
+    from hypercorn.config import Config as HypercornConfig
+    from hypercorn.events import RawData
+    from hypercorn.trio.tcp_server import TCPServer
+    from hypercorn.trio.worker_context import WorkerContext
+    from hypercorn.typing import ConnectionState
+
+    class Connection(TCPServer):
+        async def _read_data(self) -> None:
+            if data:
+                await self.protocol.handle(RawData(data))
+            await super()._read_data()
+            await self.idle_task.stop()  # Else the connection would last as long as it may be idle.
+
+    settings = HypercornConfig()
+    settings.keep_alive_timeout = KEEP_ALIVE_SECONDS
+    settings.keep_alive_max_requests = sys.maxsize  # Else the 1000th answer says "Connection: close".
+    settings.h11_max_incomplete_size = 1 << 16
+    settings.include_server_header = False
+    settings.errorlog = logging.getLogger("lmarena_proxy.http")
+    settings.errorlog.setLevel(logging.WARNING)
+    await Connection(
+        ASGIWrapper(cast(Any, app)), settings, WorkerContext(None), ConnectionState({}), cast(Any, stream)
+    )
 
 
 class HttpConnection:
@@ -6195,8 +6255,8 @@ class HttpConnection:
     # Its place in the state of each request's scope.
     STATE_KEY = "lmarena_proxy.connection"
 
-    def __init__(self, app: ASGIApp, settings: hypercorn.config.Config, stream: trio.SocketStream) -> None:
-        self._app, self._settings, self._stream = app, settings, stream
+    def __init__(self, app: ASGIApp, stream: trio.SocketStream) -> None:
+        self._app, self._stream = app, stream
         # Trio's socket tells nobody of the one within, which can send without a task switch.
         own = stream.socket
         self._socket = socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
@@ -6222,14 +6282,14 @@ class HttpConnection:
     async def _answer_all(self, patience: trio.CancelScope) -> None:
         client = self._socket.getpeername()[:2]
         while not self._is_last:
-            patience.deadline = trio.current_time() + self._settings.keep_alive_timeout
+            patience.deadline = trio.current_time() + KEEP_ALIVE_SECONDS
             self._buffer = self._buffer or await self._receive_some()
             patience.deadline = math.inf
             if not self._buffer or patience.cancel_called:
                 return  # A request that came as the deadline did was not begun: the client may send it again.
             head = read_plain_head(self._buffer)
             if head is None:
-                await OddConnection(self._app, self._settings, self._stream, self._buffer)
+                await serve_by_hypercorn(self._app, self._stream, self._buffer)
                 return
             scope, self._unread, self._buffer = head
             self._has_body = self._has_started = self._has_ended = False
@@ -6249,7 +6309,7 @@ class HttpConnection:
 
     async def _receive_some(self) -> bytes:
         try:
-            return bytes(await self._stream.receive_some(MAX_RECV))
+            return bytes(await self._stream.receive_some(READ_BYTES))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return b""
 
@@ -6269,7 +6329,7 @@ class HttpConnection:
             self._unread -= len(body)
             self._has_body = not self._unread
             return {"type": "http.request", "body": body, "more_body": not self._has_body}
-        while len(self._buffer) < MAX_RECV:
+        while len(self._buffer) < READ_BYTES:
             await trio.lowlevel.wait_readable(self._socket)  # To read at once would nearly always be in vain.
             if not (data := await self._receive_some()):
                 return self._note_left()
@@ -7121,75 +7181,16 @@ class Admission:
         }
 
 
-class ApiApp(QuartTrio):
-    """The Quart application, with what `ApiConnection` needs."""
-
-    admission: Admission
-    answers: Answers
-    max_body_bytes: int
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close"})  # This port has none: a 403.
-        else:
-            await self.asgi_http_class(self, scope)(receive, send)  # All that Quart would do with it.
-
-
-class ApiConnection(TrioASGIHTTPConnection):
-    """One HTTP request: admitted, then answered by Quart or, where the site answers, by `Answers`."""
-
-    app: ApiApp
-
-    async def __call__(self, receive: Any, send: Any) -> None:
-        http = HttpRequest(self.scope, receive, send)
-        try:
-            if not http.path.startswith("/"):
-                raise ClientError(f"Expected a path, but got {http.path[:200]!r}.")
-            self.app.admission.check(http)
-            if http.method == "OPTIONS":
-                await http.respond(204, b"", self.app.admission.preflight(http))
-            elif http.path in Answers.PATHS:
-                if http.method != "POST":
-                    message = f"Method Not Allowed: {http.method} {http.path}."
-                    raise ClientError(message, status=405, code="method_not_allowed")
-                await self.app.answers.answer(http)
-            else:
-                self.scope["lmarena_proxy.request"] = http  # type: ignore[typeddict-unknown-key]
-                await super().__call__(await self._read_ahead(http), http.send)
-        except ApiError as error:
-            await http.respond_error(error)
-        except ClientLeft:
-            log.debug("%s: the client left", http.id)
-
-    async def _read_ahead(self, http: HttpRequest) -> ASGIReceive:
-        """The receive of a request whose body is there: Quart may answer without reading it."""
-        body: Any = {"type": "http.request", "body": await http.read_body(self.app.max_body_bytes)}
-
-        async def receive() -> Any:
-            nonlocal body
-            message, body = body, None
-            return message or await http.receive()
-
-        return receive
-
-
 class HttpListener:
     """Takes connections: so many at most, and whatever breaks in one breaks nothing else."""
 
     # What a system says that can open no more of them.
     FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
-    def __init__(self, app: ApiApp, config: ServerConfig, limit: int) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, limit: int) -> None:
         self._app, self._limit = app, limit
         self._host, self._port = config.host, config.port
         self._connections = 0
-        self._settings = settings = hypercorn.config.Config()
-        settings.keep_alive_timeout = 75
-        settings.keep_alive_max_requests = sys.maxsize  # Else the 1000th answer says "Connection: close".
-        settings.h11_max_incomplete_size = 1 << 16
-        settings.include_server_header = False
-        settings.errorlog = logging.getLogger("lmarena_proxy.http")
-        settings.errorlog.setLevel(logging.WARNING)
 
     async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen; `started` with the URL. Raises OSError when the port cannot be had."""
@@ -7221,7 +7222,7 @@ class HttpListener:
             if self._connections > self._limit:
                 await self._refuse(stream)
             else:
-                await HttpConnection(self._app, self._settings, stream).serve()
+                await HttpConnection(self._app, stream).serve()
         except Exception as error:
             # What the protocol's libraries do not expect of a client's bytes ends that client's connection.
             log.warning("A client's connection broke: %r", next(leaves(error)))
@@ -7239,8 +7240,8 @@ class HttpListener:
             await stream.send_eof()
 
 
-def _json(value: object, status: int = 200) -> Response:
-    return Response(encode_json(value), status, content_type="application/json")
+def _json(value: object, status: int = 200) -> "quart.Response":
+    return quart.Response(encode_json(value), status, content_type="application/json")
 
 
 class BootstrapAction(msgspec.Struct):
@@ -7261,7 +7262,7 @@ _ActionBody = TypeVar("_ActionBody", BootstrapAction, OneMore)
 
 async def _read_action(form: type[_ActionBody]) -> _ActionBody:
     try:
-        return msgspec.json.decode(await request.get_data(), type=form)
+        return msgspec.json.decode(await quart.request.get_data(), type=form)
     except msgspec.ValidationError as error:
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -7270,7 +7271,7 @@ async def _read_action(form: type[_ActionBody]) -> _ActionBody:
 
 def _read_number(name: str, default: int, at_most: int) -> int:
     """A whole number from 1 of the query. Raises ClientError."""
-    text = request.args.get(name, str(default))
+    text = quart.request.args.get(name, str(default))
     if not re.fullmatch("[0-9]{1,6}", text) or not 1 <= int(text) <= at_most:
         raise ClientError(f"{name}: expected a whole number from 1 to {at_most}.", param=name)
     return int(text)
@@ -7391,7 +7392,9 @@ def describe_api() -> dict[str, Any]:
 
 
 # Rule, method and view.
-Route = tuple[str, str, Callable[..., Awaitable[Response]]]
+Route = tuple[str, str, Callable[..., Awaitable["quart.Response"]]]
+# What is answered from memory: a value for JSON, and the status.
+Told = tuple[object, int]
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -7441,7 +7444,7 @@ _PAGE_TYPES = {
 }
 
 
-async def _serve_page(name: str = "index.html") -> Response:
+async def _serve_page(name: str = "index.html") -> "quart.Response":
     """A file of the dashboard's directory, and of no other."""
     kind = _PAGE_TYPES.get(Path(name).suffix)
     try:
@@ -7450,12 +7453,12 @@ async def _serve_page(name: str = "index.html") -> Response:
             raise FileNotFoundError
         data = await trio.Path(path).read_bytes()
     except (OSError, ValueError):
-        raise ClientError(f"There is no {request.path}.", status=404, code="not_found") from None
+        raise ClientError(f"There is no {quart.request.path}.", status=404, code="not_found") from None
     etag = hashlib.sha256(data).hexdigest()[:32]
     headers = {**_PAGE_HEADERS, "etag": f'"{etag}"'}
-    if request.if_none_match.contains(etag):
-        return Response(b"", 304, headers)
-    return Response(data, headers=headers, content_type=kind)
+    if quart.request.if_none_match.contains(etag):
+        return quart.Response(b"", 304, headers)
+    return quart.Response(data, headers=headers, content_type=kind)
 
 
 async def _write_export(requests: RequestLog, wanted: RequestFilter, form: str) -> AsyncIterator[bytes]:
@@ -7555,36 +7558,36 @@ class ControlPanel:
             "violations": self._pool.violations(),
         }
 
-    async def _state(self) -> Response:
+    async def _state(self) -> "quart.Response":
         return _json(self.describe())
 
-    async def _events(self) -> Response:
-        response = Response(
-            self._feed.follow(request.headers.get("last-event-id", "")),
+    async def _events(self) -> "quart.Response":
+        response = quart.Response(
+            self._feed.follow(quart.request.headers.get("last-event-id", "")),
             headers={"cache-control": "no-store", "x-accel-buffering": "no"},
             content_type="text/event-stream; charset=utf-8",
         )
         response.timeout = None
         return response
 
-    async def _get_metrics(self) -> Response:
+    async def _get_metrics(self) -> "quart.Response":
         text = prometheus_client.generate_latest(self._metrics.registry)
-        return Response(text, content_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return quart.Response(text, content_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    async def _settings(self) -> Response:
+    async def _settings(self) -> "quart.Response":
         return _json({"file": self.config_file, "settings": list_settings(self._config, self.sources)})
 
     # The request log
 
     def _filter(self) -> RequestFilter:
-        return RequestFilter(*(request.args.get(name, "") for name in ("model", "status", "q")))
+        return RequestFilter(*(quart.request.args.get(name, "") for name in ("model", "status", "q")))
 
-    async def _page(self) -> Response:
+    async def _page(self) -> "quart.Response":
         limit = _read_number("limit", 50, 500)
-        rows = await self._requests.page(self._filter(), request.args.get("before", ""), limit)
+        rows = await self._requests.page(self._filter(), quart.request.args.get("before", ""), limit)
         return _json({"data": rows, "next": rows[-1]["request_id"] if len(rows) == limit else None})
 
-    async def _request(self, request_id: str) -> Response:
+    async def _request(self, request_id: str) -> "quart.Response":
         running = self._answers.running(request_id)
         found = running.describe_whole() if running else await self._requests.one(request_id)
         if found is None:
@@ -7592,18 +7595,18 @@ class ControlPanel:
             raise ClientError(message, status=404, code="not_found", param="request_id")
         return _json({**found, "is_running": running is not None})
 
-    async def _abort_request(self, request_id: str) -> Response:
+    async def _abort_request(self, request_id: str) -> "quart.Response":
         if not self._answers.abort(request_id):
             message = f"The request {request_id} is not running."
             raise ClientError(message, status=404, code="not_found", param="request_id")
         return _json({"aborted": request_id})
 
-    async def _export(self) -> Response:
-        wanted, form = self._filter(), request.args.get("format", "jsonl")
+    async def _export(self) -> "quart.Response":
+        wanted, form = self._filter(), quart.request.args.get("format", "jsonl")
         wanted.condition()  # Raises before the status is sent.
         if form not in ("jsonl", "csv"):
             raise ClientError("format: expected jsonl or csv.", param="format")
-        response = Response(
+        response = quart.Response(
             _write_export(self._requests, wanted, form),
             headers={"content-disposition": f'attachment; filename="requests.{form}"'},
             content_type="text/csv; charset=utf-8" if form == "csv" else "application/jsonl",
@@ -7611,7 +7614,7 @@ class ControlPanel:
         response.timeout = None
         return response
 
-    async def _statistics(self) -> Response:
+    async def _statistics(self) -> "quart.Response":
         hours = _read_number("hours", 1, 24)
         if hours not in self.BUCKETS:
             raise ClientError("hours: expected 1 or 24.", param="hours")
@@ -7619,7 +7622,7 @@ class ControlPanel:
 
     # What can be done
 
-    async def _control_bootstrap(self) -> Response:
+    async def _control_bootstrap(self) -> "quart.Response":
         asked = await _read_action(BootstrapAction)
         if unknown := [each for each in asked.models if self._pool.catalog.get(each) is None]:
             raise ClientError(f"models: there is no model with the id {unknown[0]}.", param="models")
@@ -7629,10 +7632,10 @@ class ControlPanel:
             raise ClientError(message, status=409, code="conflict")
         return _json(self._bootstrap.snapshot(), 202)
 
-    async def _refresh_models(self) -> Response:
+    async def _refresh_models(self) -> "quart.Response":
         return _json({"asked": self._bridges.refresh_models()}, 202)
 
-    async def _open_session(self) -> Response:
+    async def _open_session(self) -> "quart.Response":
         asked = await _read_action(OneMore)
         model = self._pool.catalog.get(asked.model_id)
         if model is None:
@@ -7642,7 +7645,7 @@ class ControlPanel:
             raise ClientError(message, param="model_id")
         return _json(await self._bootstrap.open_one(model), 201)
 
-    async def _delete_session(self, session_id: str) -> Response:
+    async def _delete_session(self, session_id: str) -> "quart.Response":
         session = self._pool.find(session_id)
         if session is None:
             raise ClientError(
@@ -7652,8 +7655,134 @@ class ControlPanel:
         return _json({"deleted": session_id})
 
 
+async def _serve_told(tell: Callable[..., Told], **values: str) -> "quart.Response":
+    return _json(*tell(**values))
+
+
+class Pages:
+    """What Quart serves. It is loaded with the first request for it, in a thread: answers go on meanwhile."""
+
+    def __init__(
+        self, config: Config, media: MediaFiles, panel: ControlPanel, told: Mapping[str, Callable[..., Told]]
+    ) -> None:
+        """`told`: by rule, what is answered without Quart, when it is asked for by GET."""
+        self._config, self._media, self._panel, self._told = config, media, panel, told
+        self._app: quart_trio.QuartTrio | None = None
+        self._loading = trio.Lock()
+
+    async def answer(self, http: HttpRequest, scope: Any) -> None:
+        """Answer one request."""
+        app = self._app or await self._load()
+        scope["lmarena_proxy.request"] = http
+        await app(scope, await self._read_ahead(http), http.send)
+
+    async def _load(self) -> "quart_trio.QuartTrio":
+        async with self._loading:
+            if self._app is None:
+                await trio.to_thread.run_sync(getattr, quart_trio, "QuartTrio")  # To look at it loads it.
+                self._app = self._build()
+        return self._app
+
+    async def _read_ahead(self, http: HttpRequest) -> ASGIReceive:
+        """The receive of a request whose body is there: Quart may answer without reading it."""
+        limit_bytes = self._config.server.max_body_mb << 20
+        body: Any = {"type": "http.request", "body": await http.read_body(limit_bytes)}
+
+        async def receive() -> Any:
+            nonlocal body
+            message, body = body, None
+            return message or await http.receive()
+
+        return receive
+
+    def _build(self) -> "quart_trio.QuartTrio":
+        app = quart_trio.QuartTrio("lmarena_proxy", static_folder=None)
+        # Quart's own limits end a stream silently after 60 s, and cap bodies at 16 MB.
+        app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=self._config.server.max_body_mb << 20)
+        app.errorhandler(Exception)(self._tell_error)
+        own: list[Route] = [
+            ("/bridge.user.js", "GET", self._userscript),
+            ("/media/<name>", "GET", self._media_file),
+            ("/openapi.json", "GET", self._openapi),
+        ]
+        # Asked for by HEAD they are answered, and refused by others, as all else is.
+        for rule, tell in self._told.items():
+            app.add_url_rule(rule, tell.__name__, functools.partial(_serve_told, tell), methods=["GET"])
+        for rule, method, view in own + self._panel.routes():
+            app.add_url_rule(rule, view.__name__, view, methods=[method])
+        return app
+
+    async def _tell_error(self, error: Exception) -> "quart.Response":
+        """Errors inside Quart go the way of all others: through `HttpRequest.respond_error`'s renderer."""
+        from werkzeug.exceptions import HTTPException
+
+        if isinstance(error, HTTPException):
+            codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+            code = codes.get(error.code or 500, "invalid_request")
+            description = f"{error.name}: {quart.request.method} {quart.request.path}."
+            if quart.request.path.startswith("/v1/"):
+                description += f" This API has {', '.join(Answers.PATHS)} and /v1/models."
+            elif f"/v1{quart.request.path}" in (*Answers.PATHS, "/v1/models"):
+                description += " The API is under /v1: add that to the base URL."
+            error = ClientError(description, status=error.code or 500, code=code)
+        elif not isinstance(error, ApiError):
+            log.error("A page met an error in the program", exc_info=error)
+            error = ApiError("The program has an error; its log has the whole story.")
+        http: HttpRequest = quart.request.scope["lmarena_proxy.request"]  # type: ignore[typeddict-item]
+        response = quart.Response(
+            encode_error(error, http.id), error.http_status, content_type="application/json"
+        )
+        if error.retry_after is not None:
+            response.headers["retry-after"] = str(error.retry_after)
+        return response
+
+    async def _openapi(self) -> "quart.Response":
+        return _json(describe_api())
+
+    async def _userscript(self) -> "quart.Response":
+        script = (HERE / "bridge.user.js").read_text(encoding="utf-8")
+        for name, value in (
+            ("BRIDGE_URL", self._panel.urls["bridge"]),
+            ("INSTALL_URL", self._panel.urls["userscript"]),
+            ("AUTH_COOKIE", self._config.arena.auth_cookie),
+            ("VERSION", VERSION),
+        ):
+            line = f"const {name} = {encode_json(value).decode()};"
+            script, count = re.subn(rf'const {name} = ".*";', line.replace("\\", r"\\"), script)
+            assert count == 1, name
+        for name, text in (("version", VERSION), ("(?:update|download)URL", self._panel.urls["userscript"])):
+            script = re.sub(rf"^(// @{name} +)\S+$", rf"\g<1>{text}", script, flags=re.MULTILINE)
+        return quart.Response(
+            script, content_type="text/javascript; charset=utf-8", headers={"cache-control": "no-store"}
+        )
+
+    async def _media_file(self, name: str) -> "quart.Response":
+        found = await self._media.read(name)
+        if found is None:
+            raise ClientError(f"There is no {quart.request.path}.", status=404, code="not_found")
+        kind, data = found
+        # A name is the hash of its content, which so never changes.
+        headers = {
+            "accept-ranges": "bytes",
+            "cache-control": "public, max-age=31536000, immutable",
+            "etag": f'"{name}"',
+            "x-content-type-options": "nosniff",
+        }
+        if quart.request.if_none_match.contains(name):
+            return quart.Response(b"", 304, headers)
+        wanted = quart.request.range
+        if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
+            return quart.Response(data, content_type=kind, headers=headers)
+        span = wanted.range_for_length(len(data))
+        if span is None:
+            message = f"{quart.request.path} has {len(data)} bytes."
+            raise ClientError(message, status=416, code="range_not_satisfiable")
+        headers["content-range"] = f"bytes {span[0]}-{span[1] - 1}/{len(data)}"
+        return quart.Response(data[slice(*span)], 206, headers, content_type=kind)
+
+
 class Api:
-    """The HTTP surface: routes, and the server under them."""
+    """The HTTP surface: a request is admitted, and then answered by `Answers`, from memory, or by Quart."""
 
     def __init__(
         self,
@@ -7665,15 +7794,23 @@ class Api:
         panel: ControlPanel,
     ) -> None:
         self._config, self._pool, self._bridges = config, pool, bridges
-        self._answers, self._media, self._panel = answers, media, panel
+        self._answers, self._panel = answers, panel
+        # What is answered from memory: it is asked for all the time, and needs nothing of Quart.
+        told: dict[str, Callable[..., Told]] = {
+            "/health": self._health,
+            "/ready": self._ready,
+            "/v1/models": self._models,
+            "/v1/models/<path:name>": self._model,
+        }
+        self._told, self._pages = told, Pages(config, media, panel, told)
         self.bridge_url = ""
         self.url = ""
         self._started_at = time.time()
-        self._app = self._build()
+        self._admission = Admission(config.server)
 
     async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen for clients; `started` with the URL. Raises OSError when the port cannot be had."""
-        listener = HttpListener(self._app, self._config.server, self._config.limits.connections)
+        listener = HttpListener(self, self._config.server, self._config.limits.connections)
         async with trio.open_nursery() as nursery:
             self.url = await nursery.start(listener.serve)
             self._panel.urls = {
@@ -7683,76 +7820,51 @@ class Api:
             }
             task_status.started(self.url)
 
-    def _build(self) -> ApiApp:
-        app = ApiApp("lmarena_proxy", static_folder=None)
-        app.asgi_http_class = ApiConnection
-        app.admission, app.answers = Admission(self._config.server), self._answers
-        app.max_body_bytes = self._config.server.max_body_mb << 20
-        # Quart's own limits end a stream silently after 60 s, and cap bodies at 16 MB.
-        app.config.update(RESPONSE_TIMEOUT=None, MAX_CONTENT_LENGTH=self._config.server.max_body_mb << 20)
-        app.errorhandler(Exception)(self._tell_error)
-        own: list[Route] = [
-            ("/health", "GET", self._health),
-            ("/ready", "GET", self._ready),
-            ("/bridge.user.js", "GET", self._userscript),
-            ("/v1/models", "GET", self._models),
-            ("/v1/models/<path:name>", "GET", self._model),
-            ("/media/<name>", "GET", self._media_file),
-            ("/openapi.json", "GET", self._openapi),
-        ]
-        for rule, method, view in own + self._panel.routes():
-            app.add_url_rule(rule, view.__name__, view, methods=[method])
-        return app
+    async def __call__(self, scope: Any, receive: ASGIReceive, send: ASGISend) -> None:
+        """ASGI's."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # This port has none: a 403.
+            return
+        http = HttpRequest(scope, receive, send)
+        try:
+            await self._route(http, scope)
+        except ApiError as error:
+            await http.respond_error(error)
+        except ClientLeft:
+            log.debug("%s: the client left", http.id)
 
-    async def _tell_error(self, error: Exception) -> Response:
-        """Errors inside Quart go the way of all others: through `HttpRequest.respond_error`'s renderer."""
-        if not has_request_context():
-            return Response(b"", 404)  # A WebSocket; this port has none.
-        if isinstance(error, HTTPException):
-            codes = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-            code = codes.get(error.code or 500, "invalid_request")
-            description = f"{error.name}: {request.method} {request.path}."
-            if request.path.startswith("/v1/"):
-                description += f" This API has {', '.join(Answers.PATHS)} and /v1/models."
-            elif f"/v1{request.path}" in (*Answers.PATHS, "/v1/models"):
-                description += " The API is under /v1: add that to the base URL."
-            error = ClientError(description, status=error.code or 500, code=code)
-        elif not isinstance(error, ApiError):
-            log.error("A page met an error in the program", exc_info=error)
-            error = ApiError("The program has an error; its log has the whole story.")
-        http: HttpRequest = request.scope["lmarena_proxy.request"]  # type: ignore[typeddict-item]
-        response = Response(encode_error(error, http.id), error.http_status, content_type="application/json")
-        if error.retry_after is not None:
-            response.headers["retry-after"] = str(error.retry_after)
-        return response
+    async def _route(self, http: HttpRequest, scope: Any) -> None:
+        if not http.path.startswith("/"):
+            raise ClientError(f"Expected a path, but got {http.path[:200]!r}.")
+        self._admission.check(http)
+        if http.method == "OPTIONS":
+            await http.respond(204, b"", self._admission.preflight(http))
+        elif http.path in Answers.PATHS:
+            if http.method != "POST":
+                message = f"Method Not Allowed: {http.method} {http.path}."
+                raise ClientError(message, status=405, code="method_not_allowed")
+            await self._answers.answer(http)
+        elif http.method == "GET" and (told := self._tell(http.path)):
+            value, status = told
+            await http.respond(status, encode_json(value), {"content-type": "application/json"})
+        else:
+            await self._pages.answer(http, scope)
 
-    async def _openapi(self) -> Response:
-        return _json(describe_api())
+    def _tell(self, path: str) -> Told | None:
+        """What is answered from memory, if this is."""
+        name = path.removeprefix("/v1/models/")
+        if name != path:
+            return self._model(name) if name else None
+        tell = self._told.get(path)
+        return tell() if tell else None
 
-    async def _health(self) -> Response:
-        return _json({"status": "ok", "version": VERSION})
+    def _health(self) -> Told:
+        return {"status": "ok", "version": VERSION}, 200
 
-    async def _ready(self) -> Response:
+    def _ready(self) -> Told:
         if obstacle := self._bridges.obstacle():
-            return _json({"status": obstacle.state, "advice": obstacle.advice}, 503)
-        return _json({"status": "ready"})
-
-    async def _userscript(self) -> Response:
-        script = (HERE / "bridge.user.js").read_text(encoding="utf-8")
-        for name, value in (
-            ("BRIDGE_URL", self.bridge_url),
-            ("INSTALL_URL", f"{self.url}/bridge.user.js"),
-            ("AUTH_COOKIE", self._config.arena.auth_cookie),
-            ("VERSION", VERSION),
-        ):
-            line = f"const {name} = {encode_json(value).decode()};"
-            script, count = re.subn(rf'const {name} = ".*";', line.replace("\\", r"\\"), script)
-            assert count == 1, name
-        for name, text in (("version", VERSION), ("(?:update|download)URL", f"{self.url}/bridge.user.js")):
-            script = re.sub(rf"^(// @{name} +)\S+$", rf"\g<1>{text}", script, flags=re.MULTILINE)
-        return Response(
-            script, content_type="text/javascript; charset=utf-8", headers={"cache-control": "no-store"}
-        )
+            return {"status": obstacle.state, "advice": obstacle.advice}, 503
+        return {"status": "ready"}, 200
 
     def _describe(self, name: str) -> ModelCard:
         """One entry of /v1/models; a name that stands for two models is one entry."""
@@ -7769,37 +7881,13 @@ class Api:
             sessions_ready=sum(self._pool.of(model.id).idle for model in models),
         )
 
-    async def _models(self) -> Response:
-        return _json(ModelList(data=[self._describe(name) for name in self._pool.catalog.names()]))
+    def _models(self) -> Told:
+        return ModelList(data=[self._describe(name) for name in self._pool.catalog.names()]), 200
 
-    async def _model(self, name: str) -> Response:
+    def _model(self, name: str) -> Told:
         if not self._pool.catalog.named(name):
             raise self._pool.catalog.unknown(name)
-        return _json(self._describe(name))
-
-    async def _media_file(self, name: str) -> Response:
-        found = await self._media.read(name)
-        if found is None:
-            raise ClientError(f"There is no {request.path}.", status=404, code="not_found")
-        kind, data = found
-        # A name is the hash of its content, which so never changes.
-        headers = {
-            "accept-ranges": "bytes",
-            "cache-control": "public, max-age=31536000, immutable",
-            "etag": f'"{name}"',
-            "x-content-type-options": "nosniff",
-        }
-        if request.if_none_match.contains(name):
-            return Response(b"", 304, headers)
-        wanted = request.range
-        if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
-            return Response(data, content_type=kind, headers=headers)
-        span = wanted.range_for_length(len(data))
-        if span is None:
-            message = f"{request.path} has {len(data)} bytes."
-            raise ClientError(message, status=416, code="range_not_satisfiable")
-        headers["content-range"] = f"bytes {span[0]}-{span[1] - 1}/{len(data)}"
-        return Response(data[slice(*span)], 206, headers, content_type=kind)
+        return self._describe(name), 200
 
 
 # ==========================================================================================================

@@ -928,6 +928,29 @@ async def test_paths_and_methods_that_are_not_there_are_told_in_openai_s_form(
     check_error(await rig.http.post("/v1/models"), 405, "method_not_allowed")
     check_error(await rig.http.post("/v1/embeddings", json={}), 404, "not_found")
     check_error(await rig.http.delete("/api/sessions/nothing"), 404, "not_found")
+    check_error(await rig.http.get("/v1/models/"), 404, "not_found")
+    check_error(await rig.http.get("/v1/models/<path:name>"), 404, "model_not_found")
+    check_error(await rig.http.delete("/v1/models/a/b"), 405, "method_not_allowed")
+    for path in ("/health", "/v1/models"):
+        by_get, by_head = await rig.http.get(path), await rig.http.head(path)
+        assert (by_head.status_code, by_head.content) == (200, b"")
+        for name in ("content-type", "content-length"):
+            assert by_head.headers[name] == by_get.headers[name]
+
+
+async def test_pages_that_are_asked_for_at_once_before_their_library_is_loaded_all_come(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, connected=False)
+    statuses: list[int] = []
+
+    async def ask(path: str) -> None:
+        statuses.append((await rig.http.get(path)).status_code)
+
+    async with trio.open_nursery() as asking:
+        for path in ("/", "/api/state", "/metrics", "/openapi.json", "/bridge.user.js") * 4:
+            asking.start_soon(ask, path)
+    assert statuses == [200] * 20
 
 
 # ── Waiting ─────────────────────────────────────────────────────────────────────────────────────────────────

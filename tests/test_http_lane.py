@@ -11,7 +11,6 @@ import socket
 from typing import Any
 
 import h11
-import hypercorn.config
 import pytest
 import trio
 from hypothesis import example, given, settings
@@ -21,9 +20,9 @@ from lmarena_proxy import (
     HttpConnection,
     HttpListener,
     HttpRequest,
-    OddConnection,
     ServerConfig,
     read_plain_head,
+    serve_by_hypercorn,
 )
 
 Event = tuple[Any, ...]
@@ -45,24 +44,12 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
     await http.end_stream(http.frame(b"end"))
 
 
-def configuration() -> hypercorn.config.Config:
-    config = hypercorn.config.Config()
-    config.include_server_header = False
-    return config
-
-
 async def serve_plain(stream: trio.SocketStream) -> None:
-    await HttpConnection(application, configuration(), stream).serve()
-
-
-class HypercornAlone(OddConnection):
-    async def _read_data(self) -> None:
-        await super(OddConnection, self)._read_data()
-        await self.idle_task.stop()
+    await HttpConnection(application, stream).serve()
 
 
 async def serve_all_by_hypercorn(stream: trio.SocketStream) -> None:
-    await HypercornAlone(application, configuration(), stream, b"")
+    await serve_by_hypercorn(application, stream, b"")
 
 
 def read_answers(data: bytes, methods: list[str]) -> list[Event]:
@@ -236,7 +223,7 @@ async def test_a_client_that_leaves_before_its_answer_is_told_nothing() -> None:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         client = await trio.open_tcp_stream(*listener.socket.getsockname()[:2])
         async with listener, client, trio.open_nursery() as nursery:
-            nursery.start_soon(HttpConnection(waits, configuration(), await listener.accept()).serve)
+            nursery.start_soon(HttpConnection(waits, await listener.accept()).serve)
             await client.send_all(streamed([1]))
             await client.send_eof()
             assert await client.receive_some() == b""

@@ -44,8 +44,7 @@ from demo.twin import Twin
 
 PROMPT = "按回车键继续"
 START_LIMIT_SECONDS = 1.5
-# Newer Pythons take a little more themselves.
-IDLE_LIMIT_MB = 60 if sys.version_info < (3, 12) else 62
+IDLE_LIMIT_MB = 50
 SLOW_GUARD = 4  # a machine that is busy with other tests may take so many times as long
 SESSION_LINE = re.compile(r"(\S+): session (\S+) message (\S+) \(bootstrap\)")
 
@@ -668,6 +667,13 @@ def test_it_listens_quickly_and_idles_small_with_all_models(tmp_path: Path) -> N
     print(f"start to listening {seconds:.2f} s (best of 3), idle RSS {megabytes:.1f} MB")
     assert seconds < START_LIMIT_SECONDS * SLOW_GUARD
     assert megabytes < IDLE_LIMIT_MB
+
+
+def test_a_start_loads_nothing_that_an_answer_does_not_need() -> None:
+    names = {"quart.app", "quart_trio.app", "httpx._client", "hypercorn.config", "pygments", "werkzeug"}
+    step = f"import lmarena_proxy, sys; print(sorted({names!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", step], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 async def test_a_second_copy_on_the_same_store_is_refused_until_the_first_is_gone(
