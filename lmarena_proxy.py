@@ -885,17 +885,9 @@ class ArenaStreamDecoder:
     def __init__(self) -> None:
         self._rest = bytearray()
         # By kind of line: an emoji's first half, when its line ended there.
-        self._halves = {"text": "", "reasoning": ""}
+        self._halves: dict[str, str] = {}
         self._tool_arguments: dict[str, list[str]] = {}
         self.is_finished = False
-        self._kinds: dict[bytes, Callable[[bytes], Iterable[AnswerEvent]]] = {
-            b"a0": self._text,
-            b"ag": self._reasoning,
-            b"a2": self._media,
-            b"ac": self._sources,
-            b"a3": self._failure,
-            b"ad": self._finish,
-        }
 
     def feed(self, data: bytes) -> list[AnswerEvent]:
         """Take the next bytes. Raises StreamError when a line exceeds the limit."""
@@ -914,7 +906,7 @@ class ArenaStreamDecoder:
 
     def feed_text(self, data: bytes) -> str | None:
         """Take whole lines of nothing but text, as most are; None, and nothing taken, for others."""
-        if self._rest or self.is_finished or self._halves["text"] or data[-1:] != b"\n":
+        if self._rest or self.is_finished or self._halves or data[-1:] != b"\n":
             return None
         texts = []
         for line in data[:-1].split(b"\n"):
@@ -934,10 +926,10 @@ class ArenaStreamDecoder:
         return events
 
     def _decode_line(self, line: bytes, events: list[AnswerEvent]) -> None:
-        decode = self._kinds.get(line[:2])
+        decode = self._KINDS.get(line[:2])
         if decode is None or line[2:3] != b":" or self.is_finished:
             return
-        events.extend(decode(line[3:].rstrip(b"\r")))
+        events.extend(decode(self, line[3:].rstrip(b"\r")))
 
     def _join_texts(self, events: list[AnswerEvent]) -> list[AnswerEvent]:
         joined: list[AnswerEvent] = []
@@ -964,7 +956,7 @@ class ArenaStreamDecoder:
     def _string(self, value: bytes, kind: str) -> str:
         try:
             text: object = msgspec.json.decode(value)
-            if not self._halves[kind]:
+            if kind not in self._halves:
                 return text if isinstance(text, str) else ""
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             # Lone surrogates, raw control characters, broken UTF-8: the standard library forgives them.
@@ -972,7 +964,7 @@ class ArenaStreamDecoder:
         if not isinstance(text, str):
             return ""
         # JavaScript cuts strings between UTF-16 units, so an emoji's halves may arrive in two lines.
-        text, self._halves[kind] = self._halves[kind] + text, ""
+        text = self._halves.pop(kind, "") + text
         if "\ud800" <= text[-1:] <= "\udbff":
             text, self._halves[kind] = text[:-1], text[-1]
         return _whole_characters(text)
@@ -1024,6 +1016,15 @@ class ArenaStreamDecoder:
             count if type(count) is int and 0 <= count < 1 << 53 else None for count in counts
         )
         return (Finish(str(entry.get("finishReason") or "unknown"), prompt, completion),)
+
+    _KINDS: ClassVar[Mapping[bytes, Callable[[Any, bytes], Iterable[AnswerEvent]]]] = {
+        b"a0": _text,
+        b"ag": _reasoning,
+        b"a2": _media,
+        b"ac": _sources,
+        b"a3": _failure,
+        b"ad": _finish,
+    }
 
 
 # ==========================================================================================================
@@ -1573,6 +1574,38 @@ def finish_reason(finish: Finish) -> str:
     return {"length": "length", "content-filter": "content_filter"}.get(finish.reason, "stop")
 
 
+class GrowingText:
+    """A text that comes in pieces. They are joined by and by: each alone takes more than its characters."""
+
+    LOOSE_PIECES = 16
+
+    def __init__(self) -> None:
+        self._blocks: list[str] = []
+        self._pieces: list[str] = []
+
+    def __str__(self) -> str:
+        return "".join(self._blocks + self._pieces)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks)) + sum(map(len, self._pieces))
+
+    def append(self, piece: str) -> None:
+        self._pieces.append(piece)
+        if len(self._pieces) >= self.LOOSE_PIECES:
+            self._blocks.append("".join(self._pieces))
+            self._pieces.clear()
+
+    def last(self, characters: int) -> str:
+        """The last characters, so many at most."""
+        parts: list[str] = []
+        for part in reversed(self._blocks + self._pieces):
+            if characters <= 0:
+                break
+            parts.append(part[-characters:])
+            characters -= len(part)
+        return "".join(reversed(parts))
+
+
 class Answer:
     """One answer to a request: the site's events in; out, what of them the client is to see, and how.
 
@@ -1587,8 +1620,7 @@ class Answer:
     def clear(self) -> None:
         """Begin anew, for another attempt."""
         asked = self._asked
-        self.texts: list[str] = []
-        self.reasonings: list[str] = []
+        self.texts, self.reasonings = GrowingText(), GrowingText()
         self.sources: list[Source] = []
         self.media: list[Media] = []
         # Why the answer needs no more events, once it does not; and how it ended, once it has.
@@ -1597,21 +1629,21 @@ class Answer:
         self.usage: Usage | None = None
         self._stops = StopScanner(asked.stop) if asked.stop else None
         # Reasoning counts against the limit of the whole completion only.
-        self._limits_of_all = [(TokenEstimate(), asked.max_completion_tokens)]
-        self._limits_of_text = [*self._limits_of_all, (TokenEstimate(), asked.max_tokens)]
+        limits = (asked.max_completion_tokens, asked.max_tokens)
+        all_, text = ([(TokenEstimate(), limit)] if limit else [] for limit in limits)
+        self._limits_of_all, self._limits_of_text = all_, all_ + text
         self._thinks_in_text = self._settings.reasoning == "think"
         self._is_thinking = self._is_below_media = False
         self._shown: list[AnswerEvent] = []
-        is_limited = asked.max_tokens or asked.max_completion_tokens
-        self._is_plain = not (asked.stop or is_limited or self._thinks_in_text)
+        self._is_plain = not (asked.stop or self._limits_of_text or self._thinks_in_text)
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        return str(self.texts)
 
     @property
     def reasoning(self) -> str:
-        return "".join(self.reasonings)
+        return str(self.reasonings)
 
     @property
     def is_plain(self) -> bool:
@@ -1665,19 +1697,18 @@ class Answer:
 
     def _gap(self) -> str:
         """What sets off a new paragraph."""
-        return "\n\n" if self.texts and not self.texts[-1].endswith("\n\n") else ""
+        return "\n\n" if self.texts and self.texts.last(2) != "\n\n" else ""
 
-    def _fit(self, text: str, limits: Sequence[tuple[TokenEstimate, int | None]]) -> str:
+    def _fit(self, text: str, limits: Sequence[tuple[TokenEstimate, int]]) -> str:
         """A piece as far as the limits allow; what they do not allow is the cut, and nothing follows that."""
         if self.cut:
             return ""
         for estimate, limit in limits:
-            fitting = text if limit is None else estimate.fitting(text, limit)
+            fitting = estimate.fitting(text, limit)
             if len(fitting) < len(text):
                 self.cut, text = "length", fitting
-        for estimate, limit in limits:
-            if limit is not None:
-                estimate.add(text)
+        for estimate, _ in limits:
+            estimate.add(text)
         return text
 
     def _show_text(self, text: str) -> None:
@@ -3864,6 +3895,7 @@ class Bridge:
         if self._phase == "closed":
             exchange.fail(ExchangeBroken("lost", "the tab was lost"))
         self.send(frame)
+        del frame  # It may carry megabytes, which need not stay here until the answer ends.
         try:
             yield exchange
         finally:
@@ -4900,14 +4932,13 @@ class Relay:
         Raises ApiError.
         """
         try:
-            with trio.fail_after(limits.total_seconds):
+            with trio.move_on_after(limits.total_seconds):
                 await self._bridges.wait_ready(limits.person_wait_seconds)
                 await self._queue(lease, limits)
                 lease.admitted_at = trio.current_time()
                 return await self._attempt_all(lease, messages, sink, limits)
-        except trio.TooSlowError:
             message = f"No answer within requests.total_timeout_seconds ({limits.total_seconds:g} s)."
-            raise ArenaError(message, status=504, code="timeout", may_retry=False) from None
+            raise ArenaError(message, status=504, code="timeout", may_retry=False)
         finally:
             self._pool.release(lease)
 
@@ -6293,7 +6324,8 @@ class HttpConnection:
                 return
             scope, self._unread, self._buffer = head
             self._has_body = self._has_started = self._has_ended = False
-            await self._answer({**scope, "client": client, "state": {self.STATE_KEY: self}})
+            scope |= {"client": client, "state": {self.STATE_KEY: self}}
+            await self._answer(scope)
 
     async def _answer(self, scope: Any) -> None:
         try:
@@ -6851,7 +6883,6 @@ class Running:
         self.scope = trio.CancelScope()
         # What its client is told, if it is ended before its time.
         self.ending: ApiError | None = None
-        self._counted = self._characters = 0
 
     @property
     def leases(self) -> list[Lease]:
@@ -6870,10 +6901,6 @@ class Running:
             state = "waiting_for_first_byte"
         else:
             state = "queued" if place else "waiting_for_tab"
-        if len(texts) < self._counted:
-            self._counted = self._characters = 0
-        self._characters += sum(map(len, texts[self._counted :]))
-        self._counted = len(texts)
         return {
             "request_id": self.reply.http.id,
             "created_at": self.received_at,
@@ -6886,8 +6913,8 @@ class Running:
             "place": place,
             "attempts": len(lease.tries),
             "session_id": lease.last_session_id,
-            "preview": "".join(texts[-PREVIEW_CHARACTERS:])[-PREVIEW_CHARACTERS:],
-            "characters": self._characters,
+            "preview": texts.last(PREVIEW_CHARACTERS),
+            "characters": len(texts),
         }
 
     def describe_whole(self) -> dict[str, object]:

@@ -36,6 +36,7 @@ from lmarena_proxy import (
     Delta,
     Failure,
     Finish,
+    GrowingText,
     ImageBody,
     Media,
     Message,
@@ -1051,6 +1052,16 @@ def test_tokens_are_estimated_by_kind_of_character(text: str, tokens: int) -> No
 
 # Half of these characters are one token, the others a quarter of one.
 WORDS = st.text(alphabet="ab你안é😀\n𠮷")
+
+
+@given(st.lists(st.text(max_size=5), max_size=80), st.integers(0, 200))
+def test_a_growing_text_is_its_pieces_joined(pieces: list[str], characters: int) -> None:
+    text = GrowingText()
+    for piece in pieces:
+        text.append(piece)
+    whole = "".join(pieces)
+    assert (str(text), len(text), bool(text)) == (whole, len(whole), bool(whole))
+    assert text.last(characters) == whole[max(0, len(whole) - characters) :]
 
 
 @given(pieces=st.lists(WORDS))
