@@ -743,9 +743,9 @@ AnswerEvent = Text | Reasoning | Media | Source | Failure | Finish
 
 def uuid7() -> str:
     """A time-ordered UUID, the version that the site's own page uses (RFC 9562, section 5.7)."""
-    milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | secrets.randbits(12) << 64
-    return str(uuid.UUID(int=value | 0b10 << 62 | secrets.randbits(62)))
+    milliseconds, random = time.time_ns() // 1_000_000, secrets.randbits(12 + 62)
+    value = (milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | random >> 62 << 64
+    return str(uuid.UUID(int=value | 0b10 << 62 | random & (1 << 62) - 1))
 
 
 def _chain(messages: Sequence[Message], session_id: str, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -2428,6 +2428,8 @@ CREATE TABLE requests (
 CREATE INDEX requests_by_time ON requests (created_at);
 PRAGMA user_version = 1;
 """
+# What is written is small and rarely read here: a quarter of the usual cache will do.
+_SETTINGS = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -500;"
 _PRUNE = "DELETE FROM requests WHERE created_at < ?"
 # What each version adds to the one before it.
 _UPGRADES = (
@@ -2488,7 +2490,7 @@ class Store:
         self.path.chmod(0o600)
         connection = sqlite3.connect(self.path, timeout=10, check_same_thread=False)
         try:
-            connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+            connection.executescript(_SETTINGS)
             [version] = connection.execute("PRAGMA user_version").fetchone()
             steps = [_SCHEMA, *_UPGRADES]
             for step in steps[version:]:
@@ -6303,21 +6305,20 @@ class HttpConnection:
     async def serve(self) -> None:
         """Answer requests until one side has enough."""
         try:
-            with trio.CancelScope() as patience:
-                await self._answer_all(patience)
+            await self._answer_all()
         except OSError:
             pass  # The client is gone before it was one.
         finally:
             self._socket.detach()
 
-    async def _answer_all(self, patience: trio.CancelScope) -> None:
+    async def _answer_all(self) -> None:
         client = self._socket.getpeername()[:2]
         while not self._is_last:
-            patience.deadline = trio.current_time() + KEEP_ALIVE_SECONDS
-            self._buffer = self._buffer or await self._receive_some()
-            patience.deadline = math.inf
-            if not self._buffer or patience.cancel_called:
-                return  # A request that came as the deadline did was not begun: the client may send it again.
+            if not self._buffer:
+                with trio.move_on_after(KEEP_ALIVE_SECONDS):
+                    self._buffer = await self._receive_some()
+            if not self._buffer:
+                return
             head = read_plain_head(self._buffer)
             if head is None:
                 await serve_by_hypercorn(self._app, self._stream, self._buffer)
@@ -6504,6 +6505,11 @@ class HttpRequest:
             self.extra_headers["connection"] = "close"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it was read by `HttpConnection`, and not by Hypercorn."""
+        return self._connection is not None
+
+    @property
     def is_direct(self) -> bool:
         """Whether a body in pieces can be begun, and a piece be written, without waiting for anything."""
         return self._connection is not None and self._has_whole_body
@@ -6513,7 +6519,7 @@ class HttpRequest:
 
         The head travels with the first of them.
         """
-        if not (self._connection and self.is_direct):
+        if self._connection is None or not self.is_direct:
             return False
         self.has_started = True
         self._connection.start(200, self._all_headers(headers))
@@ -6751,7 +6757,7 @@ class StreamedReply(Reply):
         if not self._is_committed:
             self._is_committed = True
             self.http.start_stream_now(self.HEADERS)
-            data = self._opening + data
+            data, self._opening = self._opening + data, b""
         self._outbox += self.http.frame(data)
         self._put_at = trio.current_time()
 
@@ -7870,6 +7876,8 @@ class Api:
             if http.method != "POST":
                 message = f"Method Not Allowed: {http.method} {http.path}."
                 raise ClientError(message, status=405, code="method_not_allowed")
+            if http.is_plain:
+                scope.clear()  # It is nobody's any more, and would stay as long as the answer takes.
             await self._answers.answer(http)
         elif http.method == "GET" and (told := self._tell(http.path)):
             value, status = told
