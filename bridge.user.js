@@ -1197,14 +1197,17 @@
   /** What a session opened or continued in this tab is known by. @type {Map<string, {mode: string, model: string}>} */
   const seen = new Map();
 
-  /** How an answer ended: the lines `ad` and `a3`, and whether a second model took part (lines that begin with `b`).
+  /** Which of two models has spoken, by the lines' first letter, and how its answer ended: the kinds `d` and `3`.
    * Chunks end anywhere, also inside a character. @param {ReadableStream} stream */
   const hearAnswer = async (stream) => {
-    const answer = { ended: false, failed: false, pair: false };
+    const side = () => ({ spoke: false, ended: false, failed: false });
+    const answer = { a: side(), b: side() };
     const hear = (/** @type {string} */ line) => {
-      if (/^b\w:/.test(line)) answer.pair = true;
-      else if (line.startsWith("a3:")) answer.failed = true;
-      else if (line.startsWith("ad:")) answer.ended = parse(line.slice(3)).finishReason !== "error";
+      if (!/^[ab]\w:/.test(line)) return;
+      const speaker = line[0] === "a" ? answer.a : answer.b;
+      speaker.spoke = true;
+      if (line[1] === "3") speaker.failed = true;
+      else if (line[1] === "d") speaker.ended = parse(line.slice(3)).finishReason !== "error";
     };
     const reader = streamReader(stream);
     const decoder = new TextDecoder();
@@ -1251,12 +1254,16 @@
       const model = sent.modelAId ?? sent.modelId ?? known?.model ?? null;
       if (sent.mode) seen.set(session, { mode: sent.mode, model });
       const answer = await answering;
-      if (!answer?.ended || answer.failed) return;
+      if (!answer) return;
+      // A retry is of one side; what opens or continues a conversation of two brings both, and `a` is reported.
+      const position = path[3] && answer.b.spoke && !answer.a.spoke ? "b" : "a";
+      if (!answer[position].ended || answer[position].failed) return;
       const second = (/** @type {any} */ m) => m.role === "assistant" && m.participantPosition === "b";
-      const pair = sent.modelBId || sent.modelBMessageId || answer.pair || sent.messages?.some(second);
+      const pair = sent.modelBId || sent.modelBMessageId || answer.b.spoke || sent.messages?.some(second);
       const mode = sent.mode ?? known?.mode ?? (pair ? "side-by-side" : "direct");
       const account = userId === null ? tab.account : await accountOf(userId);
-      const capture = { type: "captured", session_id: session, message_id: message, model_id: model, mode, account };
+      const ids = { session_id: session, message_id: message, model_id: model, mode, account };
+      const capture = { type: "captured", ...ids, ...(mode === "direct" ? {} : { position }) };
       if (isCapture(capture)) report(capture);
     } catch {
       // the page has seen its own error; there is nothing to capture

@@ -336,6 +336,7 @@ class PoolConfig(Section, frozen=True):
     sessions_per_model: Count = 4
     max_consecutive_failures: Count = 3
     max_idle_hours: Hours = 0
+    use_battles: bool = False
 
 
 class BootstrapConfig(Section, frozen=True):
@@ -690,6 +691,10 @@ class Attachment(msgspec.Struct, frozen=True, rename="camel"):
         return (len(self.url) - self.url.index(",") - 1) * 3 // 4 - self.url.count("=", -2)
 
 
+# Whose side of a conversation with two models (a battle, or side by side) a message is of.
+Position = Literal["a", "b"]
+
+
 class Message(msgspec.Struct, frozen=True):
     """One message of a conversation, in the roles the site knows."""
 
@@ -748,7 +753,9 @@ def uuid7() -> str:
     return str(uuid.UUID(int=value | 0b10 << 62 | random & (1 << 62) - 1))
 
 
-def _chain(messages: Sequence[Message], session_id: str, ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _chain(
+    messages: Sequence[Message], session_id: str, ids: Sequence[str], position: Position | None = None
+) -> Iterator[dict[str, Any]]:
     """The part that both calls share: each message names the one before it as its parent."""
     for message, message_id, parent in zip(messages, ids, (None, *ids), strict=False):
         yield {
@@ -758,7 +765,7 @@ def _chain(messages: Sequence[Message], session_id: str, ids: Sequence[str]) -> 
             "content": message.content or " ",
             "experimental_attachments": message.attachments,
             "parentMessageIds": [parent] if parent else [],
-            "participantPosition": "b" if message.role == "system" else "a",
+            "participantPosition": position or ("b" if message.role == "system" else "a"),
             "evaluationSessionId": session_id,
             "failureReason": None,
         }
@@ -788,8 +795,14 @@ def encode_create(model: Model, messages: Sequence[Message], session_id: str, me
     return msgspec.json.encode(body).decode()
 
 
-def encode_retry(model: Model, messages: Sequence[Message], session_id: str) -> str:
-    """The body that retries a conversation's last message; `messages` replace its history for this answer."""
+def encode_retry(
+    model: Model, messages: Sequence[Message], session_id: str, position: Position | None = None
+) -> str:
+    """The body that retries a conversation's last message; `messages` replace its history for this answer.
+
+    `position`: the side that it is retried for, where there are two. All messages have it then, as in public
+    tools that do so: the contract says nothing of this.
+    """
     ids = [uuid7() for _ in messages]
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     constant = {"evaluationId": None, "metadata": None, "createdAt": now, "updatedAt": now}
@@ -799,7 +812,7 @@ def encode_retry(model: Model, messages: Sequence[Message], session_id: str) -> 
             **constant,
             "status": "pending" if entry["id"] == ids[-1] and model.modality != "image" else "success",
         }
-        for entry in _chain(messages, session_id, ids)
+        for entry in _chain(messages, session_id, ids, position)
     ]
     return msgspec.json.encode({"modelId": model.id, "messages": sent}).decode()
 
@@ -877,12 +890,14 @@ class ArenaStreamDecoder:
     """Bytes of an answer's body in, answer events out. Chunks may end anywhere, also inside a character.
 
     The body is lines `PREFIX:JSON`; the prefix's first letter is the participant, the rest the kind. Adjacent
-    pieces of text in one chunk become one event. Unknown prefixes and step marks are skipped, by contract.
+    pieces of text in one chunk become one event. Unknown prefixes and step marks are skipped, by contract; so
+    is what another participant says.
     """
 
     LINE_LIMIT_BYTES = 16 << 20
 
-    def __init__(self) -> None:
+    def __init__(self, participant: Position = "a") -> None:
+        self._participant, self._text_mark = participant.encode(), f"{participant}0:".encode()
         self._rest = bytearray()
         # By kind of line: an emoji's first half, when its line ended there.
         self._halves: dict[str, str] = {}
@@ -910,7 +925,7 @@ class ArenaStreamDecoder:
             return None
         texts = []
         for line in data[:-1].split(b"\n"):
-            if line[:3] != b"a0:":
+            if line[:3] != self._text_mark:
                 return None
             try:
                 texts.append(_decode_text(line[3:]))
@@ -926,8 +941,8 @@ class ArenaStreamDecoder:
         return events
 
     def _decode_line(self, line: bytes, events: list[AnswerEvent]) -> None:
-        decode = self._KINDS.get(line[:2])
-        if decode is None or line[2:3] != b":" or self.is_finished:
+        decode = self._KINDS.get(line[1:3])
+        if decode is None or line[:1] != self._participant or self.is_finished:
             return
         events.extend(decode(self, line[3:].rstrip(b"\r")))
 
@@ -1018,12 +1033,12 @@ class ArenaStreamDecoder:
         return (Finish(str(entry.get("finishReason") or "unknown"), prompt, completion),)
 
     _KINDS: ClassVar[Mapping[bytes, Callable[[Any, bytes], Iterable[AnswerEvent]]]] = {
-        b"a0": _text,
-        b"ag": _reasoning,
-        b"a2": _media,
-        b"ac": _sources,
-        b"a3": _failure,
-        b"ad": _finish,
+        b"0:": _text,
+        b"g:": _reasoning,
+        b"2:": _media,
+        b"c:": _sources,
+        b"3:": _failure,
+        b"d:": _finish,
     }
 
 
@@ -1984,6 +1999,8 @@ class Captured(Frame, frozen=True):
     model_id: str | None = None
     mode: str | None = None
     account: str | None = None
+    # The side that the message stands on, where there are two.
+    position: Position = "a"
 
 
 class Head(Frame, frozen=True, tag="response"):
@@ -2409,6 +2426,8 @@ class Session(msgspec.Struct, eq=False):
     created_at: float
     last_used_at: float | None = None
     uses: int = 0
+    # The model's side, in a conversation of two.
+    position: Position | None = None
     # In a row, and not stored: a restart forgives.
     failures: int = 0
 
@@ -2440,8 +2459,15 @@ ALTER TABLE requests ADD COLUMN error TEXT; ALTER TABLE requests ADD COLUMN trac
 ALTER TABLE requests ADD COLUMN tries TEXT;
 PRAGMA user_version = 2;
 """,
+    """
+ALTER TABLE sessions ADD COLUMN position TEXT;
+PRAGMA user_version = 3;
+""",
 )
 STORE_VERSION = 1 + len(_UPGRADES)
+# In the order of the table's columns.
+_SESSION_FIELDS = Session.__struct_fields__[:9]
+_SESSION_VALUES = f"({', '.join('?' * len(_SESSION_FIELDS))})"
 
 
 class _Write:
@@ -2515,8 +2541,7 @@ class Store:
 
     def sessions(self) -> list[Session]:
         """All stored sessions, oldest first. For use before `run`."""
-        fields = "session_id, message_id, model_id, account, source, created_at, last_used_at, uses"
-        query = f"SELECT {fields} FROM sessions ORDER BY created_at, session_id"
+        query = f"SELECT {', '.join(_SESSION_FIELDS)} FROM sessions ORDER BY created_at, session_id"
         try:
             return [Session(*row) for row in self._connection.execute(query)]
         except sqlite3.Error as error:
@@ -2573,8 +2598,8 @@ class Store:
 
     async def save(self, session: Session) -> bool:
         """Insert or replace a session; returns once it is on disk, False when it could not be written."""
-        values = [getattr(session, name) for name in session.__struct_fields__[:8]]
-        statement = f"INSERT OR REPLACE INTO sessions VALUES ({', '.join('?' * 8)})"
+        values = [getattr(session, name) for name in _SESSION_FIELDS]
+        statement = f"INSERT OR REPLACE INTO sessions VALUES {_SESSION_VALUES}"
         return (await self._write_now(statement, *values)).error is None
 
     def touch(self, session: Session) -> None:
@@ -2620,8 +2645,8 @@ class Store:
 
         Raises ConfigError.
         """
-        statement = f"INSERT OR IGNORE INTO sessions VALUES ({', '.join('?' * 8)})"
-        rows = [msgspec.structs.astuple(session)[:8] for session in sessions]
+        statement = f"INSERT OR IGNORE INTO sessions VALUES {_SESSION_VALUES}"
+        rows = [[getattr(session, name) for name in _SESSION_FIELDS] for session in sessions]
         before = self._connection.total_changes
         with self._telling(), self._connection:
             self._connection.executemany(statement, rows)
@@ -3295,7 +3320,8 @@ class SessionPool:
         self._config, self._store, self._bus = config, store, bus
         self._pools: dict[str, ModelPool] = {}
         self._accounts: frozenset[str] = frozenset()
-        # Sessions of models that are not served now: they stay in the store, and wait for the page's list.
+        # Sessions that are not used now: of models that wait for the page's list, and of battles where those
+        # are not used. They stay in the store.
         self._unlisted = store.sessions()
         # One at a time for each session: a tab may tell of it twice, or under another model or account.
         self._adding: dict[str, trio.Lock] = {}
@@ -3314,12 +3340,16 @@ class SessionPool:
         Returns the entries that changed.
         """
         changed = self.catalog.merge(models)
-        listed = [session for session in self._unlisted if self.catalog.get(session.model_id)]
-        self._unlisted = [session for session in self._unlisted if not self.catalog.get(session.model_id)]
+        listed = [session for session in self._unlisted if self._is_used(session)]
+        self._unlisted = [session for session in self._unlisted if not self._is_used(session)]
         for session in listed:
             self.of(session.model_id).put(session)
         self.set_accounts(self._accounts)
         return changed
+
+    def _is_used(self, session: Session) -> bool:
+        is_allowed = session.position is None or self._config.use_battles
+        return is_allowed and self.catalog.get(session.model_id) is not None
 
     def of(self, model_id: str) -> ModelPool:
         """A model's pool, made when first asked for."""
@@ -3408,7 +3438,7 @@ class SessionPool:
                 if known is None:
                     await self._add_new(session)
                 elif (known.model_id, known.account) == (session.model_id, session.account):
-                    await self.continue_by_hand(known, session.message_id)
+                    await self.continue_by_hand(known, session.message_id, session.position)
         finally:
             if not lock.locked():
                 self._adding.pop(session.session_id, None)
@@ -3425,9 +3455,14 @@ class SessionPool:
         ids = (pool.model.id, session.session_id, session.message_id, session.account)
         self._bus.publish(SessionOpened(pool.model.name, *ids, source=session.source))
 
-    async def continue_by_hand(self, session: Session, message_id: str) -> None:
-        """The person went on in a conversation of the pool: retries now name its new last message."""
-        if session.message_id == message_id:
+    async def continue_by_hand(
+        self, session: Session, message_id: str, position: Position | None = None
+    ) -> None:
+        """The person went on in a conversation of the pool: retries now name its new last message.
+
+        Of a conversation with two models one side is in the pool; the other's messages are no concern of it.
+        """
+        if session.message_id == message_id or session.position != position:
             return
         session.message_id = message_id
         await self._store.save(session)
@@ -4447,15 +4482,18 @@ class BridgeListener:
     async def _capture(self, frame: Captured) -> None:
         """Take a conversation that the person opened or continued by hand into the pool."""
         session = self._pool.find(frame.session_id)
+        is_battle = frame.mode in ("battle", "side-by-side")
+        position = frame.position if is_battle else None
+        is_fit = frame.mode == "direct" or (is_battle and self._config.pool.use_battles)
         if session and session.account == frame.account:
-            await self._pool.continue_by_hand(session, frame.message_id)
-        elif frame.mode != "direct" or frame.model_id is None or frame.account is None:
+            await self._pool.continue_by_hand(session, frame.message_id, position)
+        elif not is_fit or frame.model_id is None or frame.account is None:
             log.info("A conversation by hand is not for the pool: %s, mode %s", frame.session_id, frame.mode)
         elif self._pool.catalog.get(frame.model_id) is None:
             log.info("A conversation by hand has a model that is left out: %s", frame.model_id)
         elif session is None:
             ids = (frame.session_id, frame.message_id, frame.model_id, frame.account)
-            await self._pool.add(Session(*ids, source="captured", created_at=time.time()))
+            await self._pool.add(Session(*ids, source="captured", created_at=time.time(), position=position))
 
 
 # ==========================================================================================================
@@ -4652,7 +4690,8 @@ class Pump:
 
     def __init__(self, exchange: Exchange, sink: Sink, lease: Lease, limits: Limits) -> None:
         self._exchange, self._sink, self._lease, self._limits = exchange, sink, lease, limits
-        self._decoder, self._size = ArenaStreamDecoder(), 0
+        position = lease.session.position if lease.session else None
+        self._decoder, self._size = ArenaStreamDecoder(position or "a"), 0
         # Since when the site is waited for, and how long it may be.
         self._heard_at = -math.inf
         self._patience = trio.CancelScope()
@@ -4794,7 +4833,9 @@ class Attempt:
         session_id, message_id = self._session.session_id, self._session.message_id
         if self._lease.session:
             path = self._arena.retry_path.format(session_id=session_id, message_id=message_id)
-            return self._bridge.fetch("PUT", path, encode_retry(self._lease.model, messages, session_id))
+            position = self._session.position
+            body = encode_retry(self._lease.model, messages, session_id, position)
+            return self._bridge.fetch("PUT", path, body)
         body = encode_create(self._lease.model, messages, session_id, message_id)
         return self._bridge.fetch("POST", self._arena.create_path, body)
 
@@ -8387,7 +8428,7 @@ def examine(config: Config, directory: Path, seconds: float, console: Console) -
 
 # Sessions leave and enter as JSON: an object of `format`, `version` and `sessions`. LMArenaBridge's files are
 # read, too: config.jsonc has one session without a model, model_endpoint_map.json has sessions by the names
-# of models; neither says whose they are, and a session of a battle cannot be retried here.
+# of models; neither says whose they are.
 
 EXPORT_FORMAT, EXPORT_VERSION = "lmarena_proxy sessions", 1
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -8423,6 +8464,7 @@ class StoredSession(msgspec.Struct, forbid_unknown_fields=True):
     created_at: UnixTime
     last_used_at: UnixTime | None
     uses: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    position: Position | None = None
     model: str = ""
 
 
@@ -8435,19 +8477,31 @@ _FIELD_EXPECTATIONS = {
     "created_at": "a time in Unix seconds",
     "last_used_at": "a time in Unix seconds, or null",
     "uses": "a number of uses",
+    "position": "a or b, or null",
     "model": "the name of a model",
 }
+
+
+# Session id, message id, and the model's side where there are two.
+OlderSession = tuple[str, str, Position | None]
 
 
 class SessionReader:
     """Reads a file of sessions: what is in it, and, in words, what is left out. Raises ConfigError."""
 
     def __init__(
-        self, place: str, catalog: Catalog, known: Sequence[Session], account: str, model: str
+        self,
+        place: str,
+        catalog: Catalog,
+        known: Sequence[Session],
+        account: str,
+        model: str,
+        *,
+        use_battles: bool,
     ) -> None:
         """`account` and `model`: what the person says of sessions whose file does not; empty is nothing."""
         self._place, self._catalog, self._known = place, catalog, known
-        self._account, self._model = account, model
+        self._account, self._model, self._use_battles = account, model, use_battles
         self.left_out: list[str] = []
 
     def read(self, text: str) -> list[Session]:
@@ -8491,11 +8545,12 @@ class SessionReader:
             if lacking := re.search(r"missing required field `(\w+)`", message):
                 raise self._wrong(f"{where}.{lacking[1]}", None, _FIELD_EXPECTATIONS[lacking[1]]) from None
             raise self._wrong(where, entry, f"a session with its fields, and no others ({message})") from None
-        return Session(*(getattr(stored, name) for name in Session.__struct_fields__[:8]))
+        return Session(*(getattr(stored, name) for name in _SESSION_FIELDS))
 
     def _read_config(self, value: Mapping[str, Any]) -> list[Session]:
         """One session: the one of LMArenaBridge's configuration."""
-        found = [*self._read_older("config.jsonc", value, value.get("id_updater_last_mode"))]
+        mode, target = value.get("id_updater_last_mode"), value.get("id_updater_battle_target")
+        found = [*self._read_older("config.jsonc", value, mode, target)]
         if not found:
             return []
         if not self._model:
@@ -8512,11 +8567,14 @@ class SessionReader:
                 where = f"{name}[{index}]" if isinstance(entries, list) else name
                 if not isinstance(entry, dict):
                     raise self._wrong(where, entry, "an object with session_id and message_id")
-                sessions += self._adopt(where, name, self._read_older(where, entry, entry.get("mode")))
+                found = self._read_older(where, entry, entry.get("mode"), entry.get("battle_target"))
+                sessions += self._adopt(where, name, found)
         return sessions
 
-    def _read_older(self, where: str, entry: Mapping[str, Any], mode: object) -> Iterator[tuple[str, str]]:
-        """Session id and message id of an older bridge's entry, unless it is to be left out."""
+    def _read_older(
+        self, where: str, entry: Mapping[str, Any], mode: object, target: object
+    ) -> Iterator[OlderSession]:
+        """The session of an older bridge's entry, unless it is to be left out."""
         names = ("session_id", "message_id")
         ids = [entry.get(name) for name in names]
         if blank := next((each for each in ids if self._is_blank(each)), None):
@@ -8529,21 +8587,31 @@ class SessionReader:
             if not isinstance(value, str) or not _UUID.fullmatch(value):
                 raise self._wrong(f"{where}.{name}", value, "a UUID")
         if mode in _DIRECT_MODES:
-            yield str(ids[0]), str(ids[1])
-        else:
+            yield str(ids[0]), str(ids[1]), None
+        elif mode != "battle":
             self.left_out.append(f"{where}: a session of the mode {mode!r} cannot be retried here")
+        elif not self._use_battles:
+            self.left_out.append(f"{where}: a session of a battle is not used (pool.use_battles)")
+        else:
+            yield str(ids[0]), str(ids[1]), self._read_position(where, target)
+
+    def _read_position(self, where: str, target: object) -> Position:
+        """The side that an older bridge retries: that is A where it does not say."""
+        if target not in (None, "", "A", "B", "a", "b"):
+            raise self._wrong(f"{where}, the battle's target", target, "A or B")
+        return "b" if target in ("B", "b") else "a"
 
     def _is_blank(self, value: object) -> bool:
         return isinstance(value, str) and _PLACEHOLDER.fullmatch(value.strip()) is not None
 
-    def _adopt(self, where: str, name: str, pairs: Iterable[tuple[str, str]]) -> Iterator[Session]:
+    def _adopt(self, where: str, name: str, found: Iterable[OlderSession]) -> Iterator[Session]:
         """The sessions of a model with these ids, if there is one model of that name."""
         models = self._catalog.named(name)
         ids = " or ".join(model.id for model in models)
-        for session_id, message_id in pairs:
+        for session_id, message_id, position in found:
             if len(models) == 1:
                 fields = (session_id, message_id, models[0].id, self._owner())
-                yield Session(*fields, "captured", created_at=time.time())
+                yield Session(*fields, "captured", created_at=time.time(), position=position)
             elif models:
                 text = f"{where}: {name!r} stands for two models: name one by its id, {ids}"
                 self.left_out.append(text)
@@ -8584,6 +8652,8 @@ def export_sessions(config: Config, directory: Path, path: str, console: Console
         entry = msgspec.structs.asdict(session)
         model = catalog.get(session.model_id)
         del entry["failures"]
+        if session.position is None:
+            del entry["position"]
         entries.append(entry | {"model": model.name if model else ""})
     head = {"format": EXPORT_FORMAT, "version": EXPORT_VERSION, "program": VERSION}
     exported_at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -8615,7 +8685,8 @@ def import_sessions(config: Config, directory: Path, options: argparse.Namespace
     name = "standard input" if path == "-" else path
     with hold_store(place):
         store = Store(place, may_replace=False)
-        reader = SessionReader(name, catalog, store.sessions(), account, options.model)
+        known, battles = store.sessions(), config.pool.use_battles
+        reader = SessionReader(name, catalog, known, account, options.model, use_battles=battles)
         sessions = reader.read(text)
         added = store.add_now(sessions)
     for line in reader.left_out:

@@ -8,7 +8,7 @@ import { useEffect, useReducer, useRef } from "./vendor/preact-htm.js";
  * @typedef {{model: string, model_id: string, modality: "chat"|"search"|"image"|"video", requires_image: boolean,
  *   sessions: number, idle: number, busy: number, resting: number, opening: number, waiting: number, tokens: number, missing: number}} PoolEntry
  * @typedef {{session_id: string, message_id: string, model_id: string, account: string|null, source: string, created_at: number,
- *   last_used_at: number|null, uses: number, failures: number, state: "idle"|"busy"|"resting"|"retired", reason: string|null,
+ *   last_used_at: number|null, uses: number, position: "a"|"b"|null, failures: number, state: "idle"|"busy"|"resting"|"retired", reason: string|null,
  *   request_id: string|null}} Session
  * @typedef {{id: number, state: string, account: string|null, script: string, connected_at: string, in_flight: number, url: string}} Bridge
  * @typedef {{request_id: string, created_at: number, model: string, model_id: string, client: string, path: string, is_stream: boolean,

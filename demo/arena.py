@@ -157,6 +157,9 @@ class Conversation(msgspec.Struct):
     retriable: bool = False
     running: bool = False
 
+    def side_of(self, message_id: str | None) -> contract.Side:
+        return "b" if message_id == self.message_b_id is not None else "a"
+
 
 class Running:
     """How many are running now, and the most there ever were, by key."""
@@ -659,9 +662,10 @@ class Exchange:
         if session is None or session.account != account or gone:
             raise Refusal(404, f"there is no conversation {seen.session_id}")
         if self.kind == "retry":
-            call = contract.read_retry(
-                self.request.body, session.session_id, seen.message_id or "", session.mode
-            )
+            side = session.side_of(seen.message_id)
+            pair = session.session_id, seen.message_id or ""
+            call = contract.read_retry(self.request.body, *pair, session.mode, side)
+            call.side = side
         else:
             call = contract.read_post(self.request.body, session.session_id, session.mode)
         if session.mode == "direct":
@@ -735,7 +739,7 @@ class Exchange:
 def outcome_of(body: str) -> Literal["complete", "failed", "cut"]:
     if contract.ended_well(body):
         return "complete"
-    return "failed" if "\nad:" in f"\n{body}" or "\na3:" in f"\n{body}" else "cut"
+    return "failed" if re.search("^[ab][d3]:", body, re.MULTILINE) else "cut"
 
 
 def compose(
@@ -752,14 +756,15 @@ def compose(
         return [*lines.opening, *lines.content[: wanted.hang_after_lines]], True
     if wanted.cut_after_lines is not None:
         return [*lines.opening, *lines.content[: wanted.cut_after_lines]], False
-    failed = [f"a3:{json.dumps(wanted.a3)}\n", *contract.ending_lines("a", "error", msgspec.UNSET)]
+    ending = contract.ending_lines(call.side, "error", msgspec.UNSET)
+    failed = [f"{call.side}3:{json.dumps(wanted.a3)}\n", *ending]
     return [*lines.opening, *lines.content[: wanted.a3_after_lines], *failed], False
 
 
 def whole_answer(call: Call, model: Model, wanted: Switches, origin: str) -> contract.Lines:
     """An undisturbed answer: an echo of the last user message, or media whose address is served."""
     opening, content, ending = [], [], []
-    for participant in "ab" if call.message_b_id and call.mode != "direct" else "a":
+    for participant in "ab" if call.message_b_id and call.mode != "direct" else call.side:
         made = participant_content(participant, call, model, wanted, origin)
         content += made
         usage: Any = {

@@ -28,6 +28,7 @@ Uuid = Annotated[
     str, msgspec.Meta(pattern="^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$")
 ]
 Mode = Literal["direct", "side-by-side", "battle"]
+Side = Literal["a", "b"]
 Modality = Literal["chat", "image", "video", "search"]
 Kind = Literal["create", "retry", "post"]
 Model = dict[str, Any]  # an entry of models.json: id, publicName, organization, provider, capabilities
@@ -87,7 +88,7 @@ class Message(msgspec.Struct, rename="camel"):
     role: Literal["user", "assistant", "system"]
     content: str
     parent_message_ids: list[Uuid]
-    participant_position: Literal["a", "b"]
+    participant_position: Side
     evaluation_session_id: Uuid
     status: Literal["pending", "success"]
     failure_reason: None
@@ -158,6 +159,7 @@ class Call(msgspec.Struct):
     model_b_id: str | None = None
     message_b_id: str | None = None
     statuses: list[str] = []
+    side: Side = "a"  # whose answer is retried, where there are two
 
     @property
     def last_user_text(self) -> str:
@@ -206,8 +208,14 @@ def check_data_url(attachment: Attachment) -> None:
         raise Refusal(400, f"the attachment's base64 is broken: {error}") from error
 
 
-def check_chain(messages: Sequence[Message], session_id: str, mode: Mode, parents: list[str]) -> None:
-    """Rules that hold for the messages of every call; `parents` are those of the first message."""
+def check_chain(
+    messages: Sequence[Message], session_id: str, mode: Mode, parents: list[str], side: Side = "a"
+) -> None:
+    """Rules that hold for the messages of every call; `parents` are those of the first message.
+
+    Where there are two models every message of a retry has the `side` of the one that is retried, as public
+    tools send it: the contract says nothing of it.
+    """
     require(bool(messages), "messages must not be empty")
     require(len({message.id for message in messages}) == len(messages), "two messages have the same id")
     for place, message in enumerate(messages):
@@ -216,7 +224,7 @@ def check_chain(messages: Sequence[Message], session_id: str, mode: Mode, parent
             message.evaluation_session_id == session_id, f"{where}.evaluationSessionId is another session"
         )
         require(message.parent_message_ids == parents, f"{where}.parentMessageIds must be {parents}")
-        position = "b" if message.role == "system" and mode == "direct" else "a"
+        position = "b" if message.role == "system" and mode == "direct" else side
         if message.role != "assistant" or mode == "direct":
             require(
                 message.participant_position == position, f'{where}.participantPosition must be "{position}"'
@@ -280,10 +288,10 @@ def add_new_messages(call: Call, body: CreateBody | PostBody, mode: Mode) -> Non
     fill_turns(call, turns)
 
 
-def read_retry(raw: bytes, session_id: str, message_id: str, mode: Mode) -> Call:
-    """A well-formed retry of that pair, or a `Refusal`."""
+def read_retry(raw: bytes, session_id: str, message_id: str, mode: Mode, side: Side = "a") -> Call:
+    """A well-formed retry of that pair, whose message stands on that side, or a `Refusal`."""
     body = decode_body(raw, RetryBody)
-    check_chain(body.messages, session_id, mode, [])
+    check_chain(body.messages, session_id, mode, [], side)
     call = Call("retry", session_id, message_id, [], [], mode, model_id=body.model_id)
     fill_turns(call, body.messages)
     return call
@@ -381,7 +389,7 @@ def ended_well(answer: str) -> bool:
     for line in answer.split("\n"):  # not splitlines: U+2028 may stand inside a piece
         if line.startswith(("a3:", "b3:")):
             return False
-        if line.startswith("ad:"):
+        if line.startswith(("ad:", "bd:")):
             ended = json.loads(line[3:]).get("finishReason") != "error"
     return ended
 

@@ -19,7 +19,7 @@ import re
 import ssl
 from collections import deque
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import unquote
 
 import httpx
@@ -123,8 +123,13 @@ class Chat:
 
     def __init__(self, session_id: str, mode: str, model: Model) -> None:
         self.session_id, self.mode, self.model = session_id, mode, model
-        self.message_id = ""
+        # The last answer on each side; only `a` has one in direct mode.
+        self.answers: dict[contract.Side, str] = {}
         self.text = ""
+
+    @property
+    def message_id(self) -> str:
+        return self.answers["a"]
 
 
 class Twin:
@@ -255,23 +260,24 @@ class Twin:
         path = f"/nextjs-api/stream/post-to-evaluation/{chat.session_id}"
         return await self.send_by_hand(path, {"id": chat.session_id}, text)
 
-    async def retry_by_hand(self) -> str:
-        """Press Retry under the last answer of the chat that is open."""
+    async def retry_by_hand(self, side: contract.Side = "a") -> str:
+        """Press Retry under the last answer, on one side, of the chat that is open."""
         chat = self.open_chat()
         now = datetime.now(UTC).isoformat()
         status = "success" if contract.modality_of(chat.model) == "image" else "pending"
         message = common_fields(chat, contract.uuid7(), "user", chat.text) | {
             "parentMessageIds": [],
+            "participantPosition": side,
             "evaluationId": None,
             "status": status,
             "metadata": None,
             "createdAt": now,
             "updatedAt": now,
         }
-        pair = f"{chat.session_id}/messages/{chat.message_id}"
+        pair = f"{chat.session_id}/messages/{chat.answers[side]}"
         path = f"/nextjs-api/stream/retry-evaluation-session-message/{pair}"
         body = {"modelId": chat.model["id"], "messages": [message]}
-        return await self.fetch_by_hand("PUT", path, body)
+        return await self.fetch_by_hand("PUT", path, body, side)
 
     def open_chat(self) -> Chat:
         if self.chat is None:
@@ -281,8 +287,8 @@ class Twin:
     async def send_by_hand(self, path: str, body: dict[str, Any], text: str) -> str:
         """The two calls that bring a new message differ only in their first fields."""
         chat = self.open_chat()
-        user_id, second_id = contract.uuid7(), contract.uuid7()
-        chat.message_id, chat.text = contract.uuid7(), text
+        user_id, chat.text = contract.uuid7(), text
+        chat.answers = {side: contract.uuid7() for side in get_args(contract.Side)}
         named = None if chat.mode == "battle" else chat.model["id"]
         user = common_fields(chat, user_id, "user", text) | {"parentMessageIds": [], "modelId": None}
         answer = common_fields(chat, chat.message_id, "assistant", "") | {"parentMessageIds": [user_id]}
@@ -291,19 +297,23 @@ class Twin:
         if named:
             body["modelAId"] = named
         if chat.mode != "direct":
-            body["modelBMessageId"] = second_id
+            body["modelBMessageId"] = chat.answers["b"]
         if chat.mode == "side-by-side":
             body["modelBId"] = named
         return await self.fetch_by_hand("POST", path, body)
 
-    async def fetch_by_hand(self, method: str, path: str, body: dict[str, Any]) -> str:
+    async def fetch_by_hand(
+        self, method: str, path: str, body: dict[str, Any], side: contract.Side = "a"
+    ) -> str:
         """Send what the page would; when its answer ends well, tell the program what was captured."""
         chat = self.open_chat()
         headers = {"content-type": contract.CONTENT_TYPE}
         response = await self.http.request(method, path, content=json.dumps(body), headers=headers)
         answer = response.content.decode("utf-8", errors="replace")
         if response.status_code == 200 and contract.ended_well(answer) and self.outbox is not None:
-            captured = {"session_id": chat.session_id, "message_id": chat.message_id, "mode": chat.mode}
+            captured = {"session_id": chat.session_id, "message_id": chat.answers[side], "mode": chat.mode}
+            if chat.mode != "direct":
+                captured["position"] = side
             model_id = None if chat.mode == "battle" else chat.model["id"]
             await self.outbox.put_text(
                 {"type": "captured", **captured, "model_id": model_id, "account": self.account}

@@ -353,6 +353,46 @@ def test_what_retries_a_message_keeps_the_contract(entry: contract.Model, histor
     assert call.images == [len(message.attachments) for message in history]
 
 
+@pytest.mark.parametrize("position", ["a", "b"])
+@pytest.mark.parametrize(("entry", "history"), CALLS)
+def test_what_retries_one_side_of_two_has_that_position_everywhere(
+    entry: contract.Model, history: list[Message], position: contract.Side
+) -> None:
+    session_id = uuid7()
+    body = encode_retry(Model.from_entry(entry), history, session_id, position)
+    call = contract.read_retry(body.encode(), session_id, uuid7(), "side-by-side", position)
+    contract.check_model_takes(call, entry)
+    positions = [message["participantPosition"] for message in json.loads(body)["messages"]]
+    assert positions == [position] * len(history)
+
+
+PAIR = b"""af:{}
+bf:{}
+a0:"left"
+b0:"right"
+bg:"thought"
+ag:"other thought"
+a3:"broken"
+b2:[{"type":"image","image":"https://x/1.png"}]
+bd:{"finishReason":"stop"}
+ad:{"finishReason":"error"}
+"""
+
+
+def test_of_two_participants_one_is_heard() -> None:
+    picture = Media("image", "https://x/1.png")
+    expected = {
+        "b": [Text("right"), Reasoning("thought"), picture, Finish("stop")],
+        "a": [Text("left"), Reasoning("other thought"), Failure("broken")],
+    }
+    decoder = ArenaStreamDecoder("b")
+    assert decoder.feed_text(b'a0:"left"\n') is None
+    assert decoder.feed_text(b'b0:"right"\nb0:"!"\n') == "right!"
+    for position, events in expected.items():
+        decoder = ArenaStreamDecoder("a" if position == "a" else "b")
+        assert decoder.feed(PAIR) == events
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["publicName"])
 def test_every_models_modality_is_the_contracts(entry: contract.Model) -> None:
     model = Model.from_entry(entry)

@@ -69,6 +69,7 @@ CAPTURED = {
         ({"type": "models", "models": [{"id": "1"}, 2]}, Models([{"id": "1"}, 2])),
         (CAPTURED, Captured("s", "m", None, "direct", None)),
         (CAPTURED | {"mode": "battle", "model_id": "x"}, Captured("s", "m", "x", "battle", None)),
+        (CAPTURED | {"mode": "battle", "position": "b"}, Captured("s", "m", None, "battle", None, "b")),
         (
             {"type": "response", "id": 1, "status": 429, "headers": {"retry-after": "3"}},
             Head(1, 429, {"retry-after": "3"}),

@@ -61,7 +61,7 @@ def stored(directory: Path) -> list[Session]:
 
 
 def fields(sessions: list[Session]) -> list[tuple[Any, ...]]:
-    return [tuple(getattr(each, name) for name in each.__struct_fields__[:8]) for each in sessions]
+    return [tuple(getattr(each, name) for name in each.__struct_fields__[:9]) for each in sessions]
 
 
 @pytest.fixture
@@ -321,7 +321,8 @@ def test_the_older_bridge_s_configuration_has_one_session_without_a_model(
         ((uuid(1), "your message id here", "direct_chat"), "is a placeholder"),
         ((uuid(1), "xxxxxxxx-xxxx-xxxx", "direct_chat"), "is a placeholder"),
         (("", "", "direct_chat"), "its ids are empty"),
-        ((uuid(7), uuid(8), "battle"), "of the mode 'battle' cannot be retried here"),
+        ((uuid(7), uuid(8), "battle"), "a session of a battle is not used (pool.use_battles)"),
+        ((uuid(7), uuid(8), "search"), "of the mode 'search' cannot be retried here"),
     ],
 )
 def test_what_cannot_be_a_session_is_left_out_with_a_word(
@@ -357,7 +358,7 @@ def test_the_older_bridge_s_map_has_sessions_by_the_names_of_models(
     output = capsys.readouterr().out
     assert "4 added, 0 known already, 5 left out" in output
     assert output.count("no model 'no-such-model'") == 2
-    assert f"{DEEPSEEK}[2]: a session of the mode 'battle'" in output
+    assert f"{DEEPSEEK}[2]: a session of a battle is not used" in output
     for entry in pick_models([RAY]):
         assert entry["id"] in output  # Two models have this name.
     added = {each.session_id: each.model_id for each in stored(place) if each.account == THEIRS}
@@ -367,6 +368,35 @@ def test_the_older_bridge_s_map_has_sessions_by_the_names_of_models(
         uuid(30): model_id(DEEPSEEK),
         uuid(50): model_id(GPT),
     }
+
+
+def test_sessions_of_battles_come_with_their_sides_where_they_are_used(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (place / "config.toml").open("a", encoding="utf-8") as config:
+        config.write("[pool]\nuse_battles = true\n")
+    entries = {
+        CLAUDE: pair(10, mode="battle", battle_target="B"),
+        DEEPSEEK: [pair(20, mode="battle", battle_target="a"), pair(30, mode="battle"), pair(40)],
+    }
+    file = tmp_path / "model_endpoint_map.json"
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    assert run(place, "--import-sessions", str(file), "--account", THEIRS) == 0
+    assert "4 added, 0 known already, 0 left out" in capsys.readouterr().out
+    config_jsonc = CONFIG_JSONC % (uuid(50), uuid(51), "battle")
+    file.write_text(
+        config_jsonc.replace('"note"', '"id_updater_battle_target": "B", "note"'), encoding="utf-8"
+    )
+    assert run(place, "--import-sessions", str(file), "--model", DEEPSEEK, "--account", THEIRS) == 0
+    sides = {each.session_id: each.position for each in stored(place) if each.account == THEIRS}
+    assert sides == {uuid(10): "b", uuid(20): "a", uuid(30): "a", uuid(40): None, uuid(50): "b"}
+    export, other = tmp_path / "sessions.json", furnished(tmp_path / "two", [])
+    assert run(place, "--export-sessions", str(export)) == 0
+    assert run(other, "--import-sessions", str(export)) == 0
+    assert fields(stored(other)) == fields(stored(place))
+    file.write_text(json.dumps({CLAUDE: pair(60, mode="battle", battle_target="C")}), encoding="utf-8")
+    assert run(place, "--import-sessions", str(file), "--account", THEIRS) == 2
+    assert f"{CLAUDE}, the battle's target = 'C': expected A or B" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ async def test_a_store_of_the_first_version_is_brought_up_to_date_with_all_it_ho
         )
         old.commit()
     async with running(tmp_path) as store:
-        assert [session.session_id for session in store.sessions()] == ["s1"]
+        assert [(session.session_id, session.position) for session in store.sessions()] == [("s1", None)]
         store.log_request(ended(error="broken"))
         found = [await RequestLog(store).one(each) for each in ("r0", "r1", "r2")]
     assert [each and (each["answer"], each["error"]) for each in found] == [

@@ -1,4 +1,4 @@
-"""Settings that are off until somebody turns them on: stale sessions, merged system messages, model lists."""
+"""Settings that are off until somebody turns them on: stale sessions, battles, system messages, models."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from harness import CLAUDE, DEEPSEEK, model_id, start, turns, until
+from harness import CLAUDE, DEEPSEEK, Rig, model_id, start, turns, until, user, whole
 
 from lmarena_proxy import (
     AnswerRequest,
@@ -20,6 +20,7 @@ from lmarena_proxy import (
     Model,
     ModelsListed,
     PoolConfig,
+    Position,
     Session,
     SessionPool,
     SessionRetired,
@@ -168,6 +169,76 @@ async def test_a_run_of_bootstrap_replaces_what_is_stale(nursery: trio.Nursery, 
     assert [seen.model_id for seen in rig.creates] == [model_id(DEEPSEEK)] * 2
     assert len(rig.pool(DEEPSEEK).sessions) == 4
     assert not {each.session_id for each in stale} & {*rig.pool(DEEPSEEK).sessions}
+
+
+# ── pool.use_battles ────────────────────────────────────────────────────────────────────────────────────────
+
+BATTLES = {"pool": {"use_battles": True}}
+
+
+async def ask_at(rig: Rig, position: str) -> None:
+    """A chat that has to be answered by the one session there is, on that side."""
+    response = await rig.chat(CLAUDE, {"role": "system", "content": "Be brief"}, user("Which side?"))
+    assert whole(response).choices[0].message.content == f"[{CLAUDE}] Which side?"
+    seen = rig.calls[-1]
+    assert (seen.kind, seen.status, seen.outcome) == ("retry", 200, "complete")
+    positions = [message["participantPosition"] for message in seen.body["messages"]]
+    assert positions == [position, position]
+
+
+async def test_a_conversation_side_by_side_serves_for_the_side_that_was_captured(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, tables=BATTLES)
+    await rig.twin.chat_by_hand(CLAUDE, "by hand", "side-by-side")
+    await until(lambda: rig.pool(CLAUDE).sessions)
+    [session] = rig.pool(CLAUDE).sessions.values()
+    await ask_at(rig, "a")
+    # What the person does on the other side is not this session's.
+    before = session.message_id
+    await rig.twin.retry_by_hand("b")
+    await rig.twin.follow_up("more")
+    await until(lambda: session.message_id != before)
+    assert rig.arena.sessions[session.session_id].message_id == session.message_id
+    await ask_at(rig, "a")
+    assert rig.pool(CLAUDE).sessions == {session.session_id: session}
+
+
+async def test_the_other_side_is_captured_when_it_is_the_first_that_is_seen(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, tables=BATTLES)
+    outbox, rig.twin.outbox = rig.twin.outbox, None
+    await rig.twin.chat_by_hand(CLAUDE, "by hand", "side-by-side")
+    rig.twin.outbox = outbox
+    await rig.twin.retry_by_hand("b")
+    await until(lambda: rig.pool(CLAUDE).sessions)
+    [session] = rig.pool(CLAUDE).sessions.values()
+    assert rig.arena.sessions[session.session_id].message_b_id == session.message_id
+    await ask_at(rig, "b")
+    assert Store(tmp_path / "state").sessions()[0].position == "b"
+
+
+async def test_a_battle_whose_model_nobody_knows_is_not_used(nursery: trio.Nursery, tmp_path: Path) -> None:
+    rig = await start(nursery, tmp_path, tables=BATTLES)
+    await rig.twin.chat_by_hand(CLAUDE, "by hand", "battle")
+    await rig.twin.chat_by_hand(DEEPSEEK, "by hand")  # Told after it, so the first one has been looked at.
+    await until(lambda: rig.pool(DEEPSEEK).sessions)
+    assert not rig.pool(CLAUDE).sessions
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+async def test_a_stored_session_of_a_battle_rests_while_they_are_not_used(
+    is_on: bool, tmp_path: Path
+) -> None:
+    store = Store(tmp_path)
+    sides: tuple[Position | None, ...] = (None, "a", "b")
+    for side in sides:
+        session = Session(f"s-{side}", "m", MODEL.id, "mine", "captured", 1.0, position=side)
+        assert store.add_now([session]) == 1
+    pool = SessionPool(Catalog([MODEL]), PoolConfig(use_battles=is_on), store, EventBus())
+    assert {*pool.of(MODEL.id).sessions} == ({"s-None", "s-a", "s-b"} if is_on else {"s-None"})
+    assert len(store.sessions()) == 3
 
 
 # ── requests.merge_system ───────────────────────────────────────────────────────────────────────────────────

@@ -365,4 +365,10 @@ async def test_other_modes_are_captured_with_their_mode(mode: str) -> None:
         await w.connect()
         answer = await w.twin.chat_by_hand("echo", "one", mode)
         assert "\nb0:" in answer
-        assert (await w.program.expect("captured"))["mode"] == mode
+        captured = await w.program.expect("captured")
+        assert (captured["mode"], captured["position"]) == (mode, "a")
+        assert [line for line in (await w.twin.retry_by_hand("b")).split("\n") if line.startswith("a")] == []
+        other = await w.program.expect("captured")
+        assert (other["mode"], other["position"]) == (mode, "b")
+        assert other["session_id"] == captured["session_id"]
+        assert other["message_id"] != captured["message_id"]

@@ -698,7 +698,7 @@ def test_other_modes_are_captured_as_what_they_are(page: Page, tab: Connection, 
         assert chat(page, "Hi")["status"] == "done"
         chat(page, "more")
         eventually(lambda: len(tab.all("captured")) == before + 2, f"captures in {mode}")  # noqa: B023
-        assert [m["mode"] for m in tab.all("captured")[before:]] == [mode, mode]
+        assert [(m["mode"], m["position"]) for m in tab.all("captured")[before:]] == [(mode, "a")] * 2
     # Loaded anew, the script has forgotten the mode: the answer of two models shows that it is not direct.
     page.click("#new-chat")
     page.select_option("#mode", "side-by-side")
@@ -778,6 +778,7 @@ def test_modes_are_told_by_shape_when_nothing_names_them(
         ({"modelId": "m", "messages": [system | {"role": "assistant"}]}, ending, "side-by-side"),
         ({"modelBMessageId": user}, ending, "side-by-side"),
         ({"messages": []}, 'b0:"x"\n' + ending, "side-by-side"),
+        ({"modelId": "m"}, 'b0:"x"\n' + "b" + ending[1:], "side-by-side"),
         ({}, 'a0:"b0:"\n' + ending.rstrip(), "direct"),
     ]
     for count, (body, answer, mode) in enumerate(cases):
@@ -790,6 +791,8 @@ def test_modes_are_told_by_shape_when_nothing_names_them(
         eventually(lambda: len(tab.all("captured")) == count + 1, f"capture {count}")  # noqa: B023
         page.unroute("**" + path)
         assert tab.all("captured")[-1]["mode"] == mode, body
+        side = None if mode == "direct" else "b" if answer.startswith("b0") and "ad:" not in answer else "a"
+        assert tab.all("captured")[-1].get("position") == side
         assert tab.all("captured")[-1]["model_id"] == body.get("modelId")
         assert tab.all("captured")[-1]["message_id"] == message
 

@@ -275,6 +275,7 @@ function SessionDetail({ session }) {
       <dt>${t("pool.message_id")}</dt><dd><${Id} value=${session.message_id} /></dd>
       <dt>${t("now.account")}</dt><dd>${session.account ? html`<${Id} value=${session.account} length=${23} />` : NONE}</dd>
       <dt>${t("pool.source")}</dt><dd>${hasText(source) ? t(source) : session.source}</dd>
+      ${session.position && html`<dt>${t("pool.position")}</dt><dd>${session.position.toUpperCase()}</dd>`}
       <dt>${t("pool.age")}</dt><dd><${Time} at=${session.created_at} /></dd>
       <dt>${t("pool.last_used")}</dt><dd><${Time} at=${session.last_used_at} /></dd>
       <dt>${t("pool.times_used")}</dt><dd class="num">${formatNumber(session.uses)}</dd>

@@ -188,6 +188,7 @@ export default {
   "pool.session_id": "Session id",
   "pool.message_id": "Message id",
   "pool.source": "Came by",
+  "pool.position": "Side, of two models",
   "pool.reason": "Why it was retired: {reason}",
   "pool.more_retired": "{n} more retired",
   "ui.loading": "Loading…",

@@ -188,6 +188,7 @@ export default {
   "pool.session_id": "会话 ID",
   "pool.message_id": "消息 ID",
   "pool.source": "来源",
+  "pool.position": "双模型对话中的一侧",
   "pool.reason": "停用原因：{reason}",
   "pool.more_retired": "另有 {n} 个已停用",
   "ui.loading": "正在载入…",
