@@ -6222,6 +6222,8 @@ ASGIApp = Callable[[Any, ASGIReceive, ASGISend], Awaitable[None]]
 KEEP_ALIVE_SECONDS = 75
 # What is read of a connection at once.
 READ_BYTES = 1 << 16
+# A client that does not take this much in this time takes nothing any more.
+WRITE_BYTES, WRITE_TIMEOUT_SECONDS = 1 << 16, 180
 BODY_TIMEOUT_SECONDS = 60
 DRAIN_SECONDS, DRAIN_BYTES = 5, 256 << 20
 
@@ -6341,7 +6343,7 @@ class HttpConnection:
         self._has_body = False
         # What goes out together with what follows it, in one packet.
         self._held = b""
-        self._has_started = self._has_ended = self._is_chunked = self._is_last = False
+        self._has_started = self._has_ended = self._is_chunked = self._is_last = self._is_broken = False
 
     async def serve(self) -> None:
         """Answer requests until one side has enough."""
@@ -6466,17 +6468,30 @@ class HttpConnection:
         self._held += data
 
     async def write(self, data: bytes) -> None:
-        """Send all of it, as long as that takes: a piece that is cut off would spoil what follows."""
+        """Send all of it, as long as the client takes some: a piece that is cut off would spoil what follows.
+
+        A client that has left, or takes nothing for too long, is told of by `receive`.
+        """
         data = data[self.write_now(data) :]
         if self._held or data:
             data, self._held = self._held + data, b""
             # Shielded from before the lock on: what was taken out of `_held` must not be lost.
             with trio.CancelScope(shield=True):
                 async with self._writing:
+                    await self._write_parts(data)
+
+    async def _write_parts(self, data: bytes) -> None:
+        for at in range(0, len(data), WRITE_BYTES):
+            if not self._is_broken:
+                with trio.move_on_after(WRITE_TIMEOUT_SECONDS) as patience:
                     try:
-                        await self._stream.send_all(data)
+                        await self._stream.send_all(data[at : at + WRITE_BYTES])
                     except (trio.BrokenResourceError, trio.ClosedResourceError):
-                        self._is_last = True  # Its leaving is told by `receive`.
+                        self._is_last = self._is_broken = True
+                if patience.cancelled_caught:
+                    self._is_last = self._is_broken = True
+                    with suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)
 
 
 class HttpRequest:

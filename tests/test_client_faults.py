@@ -284,6 +284,23 @@ async def test_a_whole_answer_that_nobody_reads_holds_no_conversation(
     await settled(rig)
 
 
+@pytest.mark.parametrize("is_stream", [True, False], ids=["streamed", "whole"])
+async def test_a_client_that_reads_nothing_for_too_long_has_left(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+) -> None:
+    monkeypatch.setattr(lmarena_proxy, "WRITE_TIMEOUT_SECONDS", 0.3)
+    switches = Switches(answers={"*": ["x" * 100_000] * 120})
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=ONE, switches=switches)
+    async with connection(rig.url, 2048) as client:
+        await client.stream.send_all(client.chat(CLAUDE, stream=is_stream))
+        await until(lambda: rig.event(RequestEnded), 20)
+        await settled(rig)
+        # A whole answer counts as given when it is given to the system.
+        assert [event.status for event in rig.event(RequestEnded)] == [499 if is_stream else 200]
+        rig.arena.switch(answers={})
+        whole(await rig.chat(CLAUDE, "and me?"))
+
+
 # ── Sending ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
