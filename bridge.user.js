@@ -1255,16 +1255,19 @@
       if (sent.mode) seen.set(session, { mode: sent.mode, model });
       const answer = await answering;
       if (!answer) return;
-      // A retry is of one side; what opens or continues a conversation of two brings both, and `a` is reported.
-      const position = path[3] && answer.b.spoke && !answer.a.spoke ? "b" : "a";
-      if (!answer[position].ended || answer[position].failed) return;
       const second = (/** @type {any} */ m) => m.role === "assistant" && m.participantPosition === "b";
       const pair = sent.modelBId || sent.modelBMessageId || answer.b.spoke || sent.messages?.some(second);
       const mode = sent.mode ?? known?.mode ?? (pair ? "side-by-side" : "direct");
       const account = userId === null ? tab.account : await accountOf(userId);
-      const ids = { session_id: session, message_id: message, model_id: model, mode, account };
-      const capture = { type: "captured", ...ids, ...(mode === "direct" ? {} : { position }) };
-      if (isCapture(capture)) report(capture);
+      const whose = { type: "captured", session_id: session, mode, account };
+      const sides = { a: { message_id: message, model_id: model }, b: { message_id: message, model_id: model } };
+      // A retry is of one side; what opens or continues a conversation of two brings both.
+      if (!path[3]) sides.b = { message_id: sent.modelBMessageId, model_id: sent.modelBId ?? null };
+      for (const position of /** @type {("a"|"b")[]} */ (path[3] && answer.a.spoke ? ["a"] : ["a", "b"])) {
+        const { ended, failed } = answer[position];
+        const capture = { ...whose, ...sides[position], ...(mode === "direct" ? {} : { position }) };
+        if (ended && !failed && isCapture(capture)) report(capture);
+      }
     } catch {
       // the page has seen its own error; there is nothing to capture
     }

@@ -119,6 +119,7 @@ from contextlib import (
     suppress,
 )
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.util import LazyLoader, module_from_spec
 from pathlib import Path
 from typing import (
@@ -130,7 +131,6 @@ from typing import (
     Protocol,
     Self,
     TypeVar,
-    cast,
     get_args,
     get_type_hints,
 )
@@ -176,6 +176,21 @@ if TYPE_CHECKING:
     import quart_trio
 else:
     httpx, quart, quart_trio = map(load_later, ("httpx", "quart", "quart_trio"))
+
+_loaded: set[str] = set()
+_loading = trio.Lock()
+
+
+async def load(name: str) -> None:
+    """Load a library before it is used, in a thread: all else goes on meanwhile.
+
+    One at a time: until a load has ended, whoever looks finds a library that is half there.
+    """
+    if name not in _loaded:
+        async with _loading:
+            await trio.to_thread.run_sync(lambda: dir(import_module(name)))  # To look at it loads it.
+            _loaded.add(name)
+
 
 VERSION = "1.0.0"
 HERE = Path(__file__).resolve().parent
@@ -1032,6 +1047,7 @@ class ArenaStreamDecoder:
         )
         return (Finish(str(entry.get("finishReason") or "unknown"), prompt, completion),)
 
+    # Down here, since it names what stands above.
     _KINDS: ClassVar[Mapping[bytes, Callable[[Any, bytes], Iterable[AnswerEvent]]]] = {
         b"0:": _text,
         b"g:": _reasoning,
@@ -1437,7 +1453,6 @@ def read_image_generation(body: bytes) -> AnswerRequest:
 
 def read_image_edit(body: bytes, content_type: str) -> AnswerRequest:
     """Read the multipart body of POST /v1/images/edits. Raises ClientError naming the field."""
-    # Of Quart's libraries, and only now: few requests have this form.
     from werkzeug.exceptions import HTTPException
     from werkzeug.formparser import FormDataParser
     from werkzeug.http import parse_options_header
@@ -1604,7 +1619,11 @@ class GrowingText:
     def __len__(self) -> int:
         return sum(map(len, self._blocks)) + sum(map(len, self._pieces))
 
+    def __bool__(self) -> bool:
+        return bool(self._pieces or self._blocks)
+
     def append(self, piece: str) -> None:
+        """Add a piece, which is not empty."""
         self._pieces.append(piece)
         if len(self._pieces) >= self.LOOSE_PIECES:
             self._blocks.append("".join(self._pieces))
@@ -1644,9 +1663,8 @@ class Answer:
         self.usage: Usage | None = None
         self._stops = StopScanner(asked.stop) if asked.stop else None
         # Reasoning counts against the limit of the whole completion only.
-        limits = (asked.max_completion_tokens, asked.max_tokens)
-        all_, text = ([(TokenEstimate(), limit)] if limit else [] for limit in limits)
-        self._limits_of_all, self._limits_of_text = all_, all_ + text
+        self._limits_of_all = self._limits(asked.max_completion_tokens)
+        self._limits_of_text = [*self._limits_of_all, *self._limits(asked.max_tokens)]
         self._thinks_in_text = self._settings.reasoning == "think"
         self._is_thinking = self._is_below_media = False
         self._shown: list[AnswerEvent] = []
@@ -1713,6 +1731,9 @@ class Answer:
     def _gap(self) -> str:
         """What sets off a new paragraph."""
         return "\n\n" if self.texts and self.texts.last(2) != "\n\n" else ""
+
+    def _limits(self, tokens: int | None) -> list[tuple[TokenEstimate, int]]:
+        return [(TokenEstimate(), tokens)] if tokens else []
 
     def _fit(self, text: str, limits: Sequence[tuple[TokenEstimate, int]]) -> str:
         """A piece as far as the limits allow; what they do not allow is the cut, and nothing follows that."""
@@ -2929,6 +2950,11 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()  # Reads all certificates: once, and not before the first fetch.
 
 
+def _tell_failure(error: Exception) -> FetchFailed:
+    reason = str(error) or str(error.__cause__ or type(error).__name__)
+    return FetchFailed(reason.rstrip("."))
+
+
 class MediaFiles:
     """Fetches images and videos, and keeps those of answers where that is set."""
 
@@ -2966,9 +2992,8 @@ class MediaFiles:
                         data = await trio.Path(kept).read_bytes()
                     else:
                         data = await self._get(url, limit_mb)
-                except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, OverflowError) as error:
-                    reason = str(error) or str(error.__cause__ or type(error).__name__)
-                    raise FetchFailed(reason.rstrip(".")) from None
+                except (OSError, ValueError, OverflowError) as error:
+                    raise _tell_failure(error) from None
         if patience.cancelled_caught:
             raise FetchFailed(f"it did not arrive within {seconds:g} s (media.timeout_seconds)")
         kind = media_type(data)
@@ -2977,6 +3002,13 @@ class MediaFiles:
         return kind, data
 
     async def _get(self, url: str, limit_mb: int) -> bytes:
+        await load("httpx")
+        try:
+            return await self._get_by_httpx(url, limit_mb)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise _tell_failure(error) from None
+
+    async def _get_by_httpx(self, url: str, limit_mb: int) -> bytes:
         tls = await trio.to_thread.run_sync(_tls)
         transport: Any = PublicTransport(self._config.allowed_networks, self.site_origins, tls)
         headers = {"user-agent": f"lmarena_proxy/{VERSION}", "accept-encoding": "identity"}
@@ -3460,7 +3492,7 @@ class SessionPool:
     ) -> None:
         """The person went on in a conversation of the pool: retries now name its new last message.
 
-        Of a conversation with two models one side is in the pool; the other's messages are no concern of it.
+        Of a conversation with two models one side is in the pool; the other's message ids are not for it.
         """
         if session.message_id == message_id or session.position != position:
             return
@@ -3534,6 +3566,9 @@ MAX_FRAME_BYTES = 16 << 20
 EXCHANGE_BUFFER_BYTES = 16 << 20
 
 
+_Piece = TypeVar("_Piece", bytes, Head)
+
+
 class ExchangeBroken(Exception):
     """An exchange ended without a whole answer. `reason` is the wire's, or `lost` (the tab) or `overflow`."""
 
@@ -3542,19 +3577,32 @@ class ExchangeBroken(Exception):
         self.reason = reason
 
 
+class Refused(Exception):
+    """The head of a response is not that of an answer."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(f"status {head.status}")
+        self.head = head
+
+
 class Exchange:
     """One relayed fetch: its head, then its body's bytes, as they arrive. Or an upload: its address."""
 
-    def __init__(self, exchange_id: int) -> None:
+    def __init__(self, exchange_id: int, accept: Callable[[Head], bool] | None = None) -> None:
+        """`accept` is asked, in the bridge's own step, whether a head is that of the answer waited for."""
         self.id = exchange_id
+        # Until the head has come.
+        self._accept = accept
         self._head: Head | None = None
+        # A head that was not accepted, until somebody has been told.
+        self._refused: Head | None = None
         self._address = ""
         self._chunks: list[bytes] = []
         self._size = 0
         self._ended = False
         self._broken: ExchangeBroken | None = None
         self._lot = trio.lowlevel.ParkingLot()
-        # What `receive` was called with while it waits, and what went wrong in it.
+        # What `receive` was called with while it waits, and what went wrong in it or in `accept`.
         self._take: Callable[[bytes], bool] | None = None
         self._trouble: Exception | None = None
 
@@ -3569,7 +3617,7 @@ class Exchange:
     @property
     def is_silent(self) -> bool:
         """Whether nothing of it waits to be received, neither bytes nor an end."""
-        return not self._chunks and not self.is_over
+        return not self._chunks and not self.is_over and not self._refused
 
     @property
     def is_streaming(self) -> bool:
@@ -3581,12 +3629,26 @@ class Exchange:
         """Whether the browser may still be fetching."""
         return not self._ended and (self._broken is None or self._broken.reason == "overflow")
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether its head has come."""
+        return self._head is not None
+
     def begin(self, head: Head) -> None:
-        self._head = self._head or head
-        self._lot.unpark_all()
+        if self._head is None:
+            self._head = head
+            accept, self._accept = self._accept, None
+            is_accepted = accept is not None and self._is_taken(accept, head)
+            if accept and not is_accepted:
+                self._refused = head
+            if not is_accepted or self._chunks:
+                self._lot.unpark_all()  # Else what is waited for comes after it.
 
     def feed(self, data: bytes) -> None:
-        if self.is_over or (self._take and self._is_taken(self._take, data)):
+        if self.is_over:
+            return
+        take = None if self._chunks or self._accept or self._refused else self._take
+        if take and self._is_taken(take, data):
             return
         self._chunks.append(data)
         self._size += len(data)
@@ -3599,10 +3661,10 @@ class Exchange:
         elif self._lot:
             self._lot.unpark_all()
 
-    def _is_taken(self, take: Callable[[bytes], bool], data: bytes) -> bool:
-        """Whether the waiting task's `take` has it. What goes wrong there is that task's affair."""
+    def _is_taken(self, take: Callable[[_Piece], bool], piece: _Piece) -> bool:
+        """Whether the task has it without being woken. What goes wrong there is that task's affair."""
         try:
-            return not self._chunks and take(data)
+            return take(piece)
         except Exception as error:
             self._trouble = error
             return False
@@ -3641,14 +3703,17 @@ class Exchange:
     async def receive(self, take: Callable[[bytes], bool] | None = None) -> bytes:
         """All bytes that have arrived since, at least one; b"" at the end. Raises ExchangeBroken.
 
+        Raises Refused, once, where the head was not accepted: what comes after that is the refusal's body.
         While this waits, bytes may go to `take` as they arrive, in the bridge's own step, which spares a task
         switch. Those for which it returns False, and all that come after them, are for this to return.
         """
         self._take = take
         try:
-            while not self._chunks:
+            while (self._accept or not self._chunks) and not self._trouble and not self._refused:
                 if self._broken:
                     raise self._broken
+                if self._ended and self._accept:
+                    raise ExchangeBroken("network", "the response ended before it began")
                 if self._ended:
                     return b""
                 await self._lot.park()
@@ -3656,6 +3721,9 @@ class Exchange:
             self._take = None
         if self._trouble:
             raise self._trouble
+        if self._refused:
+            head, self._refused = self._refused, None
+            raise Refused(head)
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._size = 0
@@ -3917,17 +3985,28 @@ class Bridge:
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             log.debug("Tab %d is gone; a %s frame was dropped", self.id, type(frame).__name__)
 
-    def fetch(self, method: Literal["POST", "PUT"], path: str, body: str) -> AbstractContextManager[Exchange]:
-        """Relay a fetch. Leaving the block before the response has ended aborts it in the browser."""
-        return self._carry_out(Fetch(next(self._ids), method, path, body))
+    def fetch(
+        self,
+        method: Literal["POST", "PUT"],
+        path: str,
+        body: str,
+        accept: Callable[[Head], bool] | None = None,
+    ) -> AbstractContextManager[Exchange]:
+        """Relay a fetch. Leaving the block before the response has ended aborts it in the browser.
+
+        `accept`: see `Exchange`.
+        """
+        return self._carry_out(Fetch(next(self._ids), method, path, body), accept)
 
     def upload(self, image: Attachment) -> AbstractContextManager[Exchange]:
         """Bring an image to the site's storage. Leaving the block before it is there aborts it likewise."""
         return self._carry_out(Upload(next(self._ids), image.name, image.content_type, image.data))
 
     @contextmanager
-    def _carry_out(self, frame: Fetch | Upload) -> Iterator[Exchange]:
-        exchange = Exchange(frame.id)
+    def _carry_out(
+        self, frame: Fetch | Upload, accept: Callable[[Head], bool] | None = None
+    ) -> Iterator[Exchange]:
+        exchange = Exchange(frame.id, accept)
         self._exchanges[exchange.id] = exchange
         if self._phase == "closed":
             exchange.fail(ExchangeBroken("lost", "the tab was lost"))
@@ -4482,9 +4561,9 @@ class BridgeListener:
     async def _capture(self, frame: Captured) -> None:
         """Take a conversation that the person opened or continued by hand into the pool."""
         session = self._pool.find(frame.session_id)
-        is_battle = frame.mode in ("battle", "side-by-side")
-        position = frame.position if is_battle else None
-        is_fit = frame.mode == "direct" or (is_battle and self._config.pool.use_battles)
+        # Of a battle nobody is to know the models.
+        position = frame.position if frame.mode in ("battle", "side-by-side") else None
+        is_fit = frame.mode == "direct" or (frame.mode == "side-by-side" and self._config.pool.use_battles)
         if session and session.account == frame.account:
             await self._pool.continue_by_hand(session, frame.message_id, position)
         elif not is_fit or frame.model_id is None or frame.account is None:
@@ -4516,7 +4595,7 @@ class BridgeListener:
 #     conversation whose first answer was aborted so has no message to retry, and does not join the pool.
 #   - An answer's text, where nothing is to be done with it but to show it, goes to its sink in the bridge's
 #     own step, as it arrives, and only while the attempt's task waits for it: so there is one order, and a
-#     task switch only for the head, for the end, and for what may wait.
+#     task switch only for the end and for what may wait. A head that says 200 is taken note of there, too.
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -4685,19 +4764,29 @@ class Pump:
     """Takes an answer from its exchange to its sink, until its end or until the sink has enough.
 
     Text, which is nearly all of it, is handed on in the step of the bridge that brings it, while the
-    attempt's task waits. That task sees to what may wait or ends the answer.
+    attempt's task waits. That task sees to what may wait or ends the answer. `accept` is for the exchange.
     """
 
-    def __init__(self, exchange: Exchange, sink: Sink, lease: Lease, limits: Limits) -> None:
-        self._exchange, self._sink, self._lease, self._limits = exchange, sink, lease, limits
+    def __init__(self, sink: Sink, lease: Lease, limits: Limits) -> None:
+        self._exchange: Exchange
+        self._sink, self._lease, self._limits = sink, lease, limits
         position = lease.session.position if lease.session else None
         self._decoder, self._size = ArenaStreamDecoder(position or "a"), 0
         # Since when the site is waited for, and how long it may be.
         self._heard_at = -math.inf
         self._patience = trio.CancelScope()
 
-    async def run(self) -> Finish | None:
-        """The good end of the answer, None where the sink had enough. Raises Setback, ExchangeBroken."""
+    def accept(self, head: Head) -> bool:
+        """Whether this is the head of an answer; it counts as heard."""
+        self._heard_at = trio.current_time()
+        return head.status == 200
+
+    async def run(self, exchange: Exchange) -> Finish | None:
+        """The good end of the answer, None where the sink had enough.
+
+        Raises Setback, Refused, ExchangeBroken.
+        """
+        self._exchange = exchange
         while True:
             self._heard_at = trio.current_time()
             data = await self._receive()
@@ -4729,6 +4818,8 @@ class Pump:
             # The deadline stayed where it was while text came in that was handed on at once.
             if trio.current_time() >= self._silent_until():
                 seconds = self._silent_until() - self._heard_at
+                if not self._exchange.has_begun:
+                    raise _timed_out(f"The site sent nothing within {seconds:g} s.")
                 raise _timed_out(f"The site fell silent for {seconds:g} s.")
 
     def _silent_until(self) -> float:
@@ -4829,40 +4920,49 @@ class Attempt:
         if self._lease.session:
             self._pool.note_failure(self._session, reason)
 
-    def _send(self, messages: Sequence[Message]) -> AbstractContextManager[Exchange]:
+    def _send(self, messages: Sequence[Message], pump: Pump) -> AbstractContextManager[Exchange]:
+        accept = functools.partial(self._accept, pump)
         session_id, message_id = self._session.session_id, self._session.message_id
         if self._lease.session:
             path = self._arena.retry_path.format(session_id=session_id, message_id=message_id)
             position = self._session.position
             body = encode_retry(self._lease.model, messages, session_id, position)
-            return self._bridge.fetch("PUT", path, body)
+            return self._bridge.fetch("PUT", path, body, accept)
         body = encode_create(self._lease.model, messages, session_id, message_id)
-        return self._bridge.fetch("POST", self._arena.create_path, body)
+        return self._bridge.fetch("POST", self._arena.create_path, body, accept)
+
+    def _accept(self, pump: Pump, head: Head) -> bool:
+        is_accepted = pump.accept(head)
+        if is_accepted:
+            self._bridges.note_accepted(self._bridge, self._lease)
+        return is_accepted
 
     async def _exchange(self, messages: Sequence[Message], sink: Sink) -> Finish | None:
-        """Send, read the head, and pump the body into the sink."""
-        with self._send(messages) as exchange:
-            pump = Pump(exchange, sink, self._lease, self._limits)
+        """Send, and pump the answer into the sink."""
+        pump = Pump(sink, self._lease, self._limits)
+        with self._send(messages, pump) as exchange:
             try:
-                with trio.move_on_after(self._limits.first_byte_seconds) as patience:
-                    await self._check_head(await exchange.head(), exchange)
-                if patience.cancelled_caught:
-                    raise _timed_out(f"The site sent nothing within {self._limits.first_byte_seconds:g} s.")
-                return await pump.run()
+                return await pump.run(exchange)
+            except Refused as refused:
+                raise await self._read_refusal(exchange, refused.head) from None
             except ExchangeBroken as broken:
                 raise _tell_broken(broken) from None
 
-    async def _check_head(self, head: Head, exchange: Exchange) -> None:
-        """Raises Setback for a refusal."""
-        if head.status != 200:
-            raise self._take_refusal(await _read_refusal(exchange, head))
-        self._bridges.note_accepted(self._bridge, self._lease)
+    async def _read_refusal(self, exchange: Exchange, head: Head) -> Setback:
+        with trio.move_on_after(self._limits.first_byte_seconds):
+            try:
+                return self._take_refusal(await _read_refusal(exchange, head))
+            except ExchangeBroken as broken:
+                return _tell_broken(broken)
+        return _timed_out(f"The site's refusal (status {head.status}) has no end.")
 
     def _take_refusal(self, refusal: Refusal) -> Setback:
         """Draw the consequences of a refusal; the Setback says how the request goes on."""
         setback = _tell_refusal(refusal)
         _note_refusal(self._bridges, self._bridge, refusal)
-        if refusal.kind == "gone" and self._lease.session:
+        # What a retry of one of two sides has to be like is not certain: another session tells.
+        is_doubtful = refusal.kind == "rejected" and self._session.position is not None
+        if (refusal.kind == "gone" or is_doubtful) and self._lease.session:
             self._pool.retire(self._session, f"the site answered {refusal.status}")
             setback.course = "free"
         return setback
@@ -6222,10 +6322,13 @@ ASGIApp = Callable[[Any, ASGIReceive, ASGISend], Awaitable[None]]
 KEEP_ALIVE_SECONDS = 75
 # What is read of a connection at once.
 READ_BYTES = 1 << 16
-# A client that does not take this much in this time takes nothing any more.
-WRITE_BYTES, WRITE_TIMEOUT_SECONDS = 1 << 16, 180
+# What a client has to take within the connection's patience, unless it has less to take.
+WRITE_BYTES = 1 << 16
 BODY_TIMEOUT_SECONDS = 60
 DRAIN_SECONDS, DRAIN_BYTES = 5, 256 << 20
+
+
+INTERNAL_ERROR = "The program has an error; its log has the whole story."
 
 
 class ClientLeft(Exception):
@@ -6287,26 +6390,15 @@ def _date_header(now: int) -> bytes:
     return b"date: " + email.utils.formatdate(now, usegmt=True).encode()
 
 
-def _load_hypercorn() -> None:
-    import hypercorn.trio.tcp_server  # noqa: F401
-
-
-async def serve_by_hypercorn(app: ASGIApp, stream: trio.SocketStream, data: bytes) -> None:
-    """Serve a connection from a request on that is not plain; `data` was read of it."""
-    await trio.to_thread.run_sync(_load_hypercorn)
+@functools.cache
+def _hypercorn_connection() -> Callable[[ASGIApp, trio.SocketStream, bytes], Awaitable[None]]:
+    """What makes Hypercorn's connections: of an application, a stream, and what was read of it before."""
     from hypercorn.app_wrappers import ASGIWrapper
     from hypercorn.config import Config as HypercornConfig
     from hypercorn.events import RawData
     from hypercorn.trio.tcp_server import TCPServer
     from hypercorn.trio.worker_context import WorkerContext
     from hypercorn.typing import ConnectionState
-
-    class Connection(TCPServer):
-        async def _read_data(self) -> None:
-            if data:
-                await self.protocol.handle(RawData(data))
-            await super()._read_data()
-            await self.idle_task.stop()  # Else the connection would last as long as it may be idle.
 
     settings = HypercornConfig()
     settings.keep_alive_timeout = KEEP_ALIVE_SECONDS
@@ -6315,9 +6407,25 @@ async def serve_by_hypercorn(app: ASGIApp, stream: trio.SocketStream, data: byte
     settings.include_server_header = False
     settings.errorlog = logging.getLogger("lmarena_proxy.http")
     settings.errorlog.setLevel(logging.WARNING)
-    await Connection(
-        ASGIWrapper(cast(Any, app)), settings, WorkerContext(None), ConnectionState({}), cast(Any, stream)
-    )
+
+    class Connection(TCPServer):
+        def __init__(self, app: Any, stream: Any, data: bytes) -> None:
+            super().__init__(ASGIWrapper(app), settings, WorkerContext(None), ConnectionState({}), stream)
+            self._data = data
+
+        async def _read_data(self) -> None:
+            if self._data:
+                await self.protocol.handle(RawData(self._data))
+            await super()._read_data()
+            await self.idle_task.stop()  # Else the connection would last as long as it may be idle.
+
+    return Connection
+
+
+async def serve_by_hypercorn(app: ASGIApp, stream: trio.SocketStream, data: bytes) -> None:
+    """Serve a connection from a request on that is not plain; `data` was read of it."""
+    await load("hypercorn.trio.tcp_server")
+    await _hypercorn_connection()(app, stream, data)
 
 
 class HttpConnection:
@@ -6331,8 +6439,11 @@ class HttpConnection:
     # Its place in the state of each request's scope.
     STATE_KEY = "lmarena_proxy.connection"
 
-    def __init__(self, app: ASGIApp, stream: trio.SocketStream) -> None:
-        self._app, self._stream = app, stream
+    def __init__(
+        self, app: ASGIApp, stream: trio.SocketStream, write_patience_seconds: float = math.inf
+    ) -> None:
+        """`write_patience_seconds`: how long a client may take for `WRITE_BYTES`."""
+        self._app, self._stream, self._write_patience_seconds = app, stream, write_patience_seconds
         # Trio's socket tells nobody of the one within, which can send without a task switch.
         own = stream.socket
         self._socket = socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
@@ -6343,7 +6454,9 @@ class HttpConnection:
         self._has_body = False
         # What goes out together with what follows it, in one packet.
         self._held = b""
-        self._has_started = self._has_ended = self._is_chunked = self._is_last = self._is_broken = False
+        self._has_started = self._has_ended = self._is_chunked = self._is_last = False
+        # Whether the client takes nothing any more.
+        self.is_broken = False
 
     async def serve(self) -> None:
         """Answer requests until one side has enough."""
@@ -6468,9 +6581,9 @@ class HttpConnection:
         self._held += data
 
     async def write(self, data: bytes) -> None:
-        """Send all of it, as long as the client takes some: a piece that is cut off would spoil what follows.
+        """Send all of it, or set `is_broken`. It cannot be cancelled: half a piece would spoil what follows.
 
-        A client that has left, or takes nothing for too long, is told of by `receive`.
+        A client that takes too long is one that has left: `receive` tells of it.
         """
         data = data[self.write_now(data) :]
         if self._held or data:
@@ -6482,16 +6595,14 @@ class HttpConnection:
 
     async def _write_parts(self, data: bytes) -> None:
         for at in range(0, len(data), WRITE_BYTES):
-            if not self._is_broken:
-                with trio.move_on_after(WRITE_TIMEOUT_SECONDS) as patience:
-                    try:
-                        await self._stream.send_all(data[at : at + WRITE_BYTES])
-                    except (trio.BrokenResourceError, trio.ClosedResourceError):
-                        self._is_last = self._is_broken = True
-                if patience.cancelled_caught:
-                    self._is_last = self._is_broken = True
-                    with suppress(OSError):
-                        self._socket.shutdown(socket.SHUT_RDWR)
+            try:
+                with trio.fail_after(self._write_patience_seconds):
+                    await self._stream.send_all(data[at : at + WRITE_BYTES])
+            except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+                self._is_last = self.is_broken = True
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                return
 
 
 class HttpRequest:
@@ -6566,20 +6677,20 @@ class HttpRequest:
         return self._connection is not None
 
     @property
+    def is_broken(self) -> bool:
+        """Whether it is known that not all that was written arrives."""
+        return self._connection is not None and self._connection.is_broken
+
+    @property
     def is_direct(self) -> bool:
         """Whether a body in pieces can be begun, and a piece be written, without waiting for anything."""
         return self._connection is not None and self._has_whole_body
 
-    def start_stream_now(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Begin a body that comes in pieces, if that can be done without waiting for anything.
-
-        The head travels with the first of them.
-        """
-        if self._connection is None or not self.is_direct:
-            return False
-        self.has_started = True
-        self._connection.start(200, self._all_headers(headers))
-        return True
+    def start_stream_now(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Begin a body that comes in pieces, where `is_direct`; the head travels with the first of them."""
+        if self._connection and self._has_whole_body:
+            self.has_started = True
+            self._connection.start(200, self._all_headers(headers))
 
     async def start_stream(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Begin a body that comes in pieces."""
@@ -6594,7 +6705,7 @@ class HttpRequest:
         return self._connection.write_now(data) if self._connection and self.has_started else 0
 
     async def write(self, data: bytes) -> None:
-        """Write framed pieces, as long as that takes: it cannot be cancelled."""
+        """Write framed pieces; it cannot be cancelled."""
         if self._connection:
             await self._connection.write(data)
         else:
@@ -6692,6 +6803,12 @@ class Reply:
     async def finish(self, answers: Sequence[Answer]) -> None:
         raise NotImplementedError
 
+    async def _respond(self, body: bytes) -> None:
+        """Give a whole reply. Raises ClientLeft when not all of it was taken."""
+        await self.http.respond(200, body, {"content-type": "application/json"})
+        if self.http.is_broken:
+            raise ClientLeft
+
     async def fail(self, error: ApiError) -> None:
         await self.http.respond_error(error)
 
@@ -6705,8 +6822,7 @@ class WholeReply(Reply):
 
     async def finish(self, answers: Sequence[Answer]) -> None:
         head = (self.answer_id, self.asked.model, self.created)
-        body = encode_completion(*head, answers, self._settings.reasoning)
-        await self.http.respond(200, body, {"content-type": "application/json"})
+        await self._respond(encode_completion(*head, answers, self._settings.reasoning))
 
 
 class PicturesReply(Reply):
@@ -6718,7 +6834,7 @@ class PicturesReply(Reply):
 
     async def finish(self, answers: Sequence[Answer]) -> None:
         pictures = Pictures(self.created, [await self._picture(answer) for answer in answers])
-        await self.http.respond(200, encode_json(pictures), {"content-type": "application/json"})
+        await self._respond(encode_json(pictures))
 
     async def _picture(self, answer: Answer) -> Picture:
         if not answer.media:
@@ -6831,6 +6947,8 @@ class StreamedReply(Reply):
             self._outbox.clear()
             await self.http.write(data)
             self._emptied.unpark_all()
+        if self.http.is_broken:
+            return  # `attend` is told, and ends the request.
         if self._is_complete:
             await self.http.end_stream(bytes(self._outbox))
             self._written.set()
@@ -7105,6 +7223,7 @@ class Answers:
     async def _read(self, http: HttpRequest) -> AnswerRequest:
         body = await http.read_body(self._config.server.max_body_mb << 20)
         if http.path == "/v1/images/edits":
+            await load("werkzeug.formparser")
             return read_image_edit(body, http.headers.get("content-type", ""))
         if http.path == "/v1/images/generations":
             return read_image_generation(body)
@@ -7152,7 +7271,7 @@ class Answers:
         except Exception as error:
             status, outcome, failure = 500, "internal_error", error
             log.exception("Request %s met an error in the program", reply.http.id)
-            await self._fail(reply, ApiError("The program has an error; its log has the whole story."))
+            await self._fail(reply, ApiError(INTERNAL_ERROR))
         finally:
             self._note_ended(running, status, outcome, failure)
             del self._running[reply.http.id]
@@ -7276,9 +7395,10 @@ class HttpListener:
     # What a system says that can open no more of them.
     FULL = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, limit: int) -> None:
-        self._app, self._limit = app, limit
-        self._host, self._port = config.host, config.port
+    def __init__(self, app: ASGIApp, config: Config) -> None:
+        self._app, self._limit = app, config.limits.connections
+        self._host, self._port = config.server.host, config.server.port
+        self._write_patience_seconds = config.requests.idle_timeout_seconds
         self._connections = 0
 
     async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
@@ -7311,7 +7431,7 @@ class HttpListener:
             if self._connections > self._limit:
                 await self._refuse(stream)
             else:
-                await HttpConnection(self._app, stream).serve()
+                await HttpConnection(self._app, stream, self._write_patience_seconds).serve()
         except Exception as error:
             # What the protocol's libraries do not expect of a client's bytes ends that client's connection.
             log.warning("A client's connection broke: %r", next(leaves(error)))
@@ -7757,20 +7877,13 @@ class Pages:
         """`told`: by rule, what is answered without Quart, when it is asked for by GET."""
         self._config, self._media, self._panel, self._told = config, media, panel, told
         self._app: quart_trio.QuartTrio | None = None
-        self._loading = trio.Lock()
 
     async def answer(self, http: HttpRequest, scope: Any) -> None:
         """Answer one request."""
-        app = self._app or await self._load()
+        await load("quart_trio")
+        self._app = self._app or self._build()
         scope["lmarena_proxy.request"] = http
-        await app(scope, await self._read_ahead(http), http.send)
-
-    async def _load(self) -> "quart_trio.QuartTrio":
-        async with self._loading:
-            if self._app is None:
-                await trio.to_thread.run_sync(getattr, quart_trio, "QuartTrio")  # To look at it loads it.
-                self._app = self._build()
-        return self._app
+        await self._app(scope, await self._read_ahead(http), http.send)
 
     async def _read_ahead(self, http: HttpRequest) -> ASGIReceive:
         """The receive of a request whose body is there: Quart may answer without reading it."""
@@ -7816,7 +7929,7 @@ class Pages:
             error = ClientError(description, status=error.code or 500, code=code)
         elif not isinstance(error, ApiError):
             log.error("A page met an error in the program", exc_info=error)
-            error = ApiError("The program has an error; its log has the whole story.")
+            error = ApiError(INTERNAL_ERROR)
         http: HttpRequest = quart.request.scope["lmarena_proxy.request"]  # type: ignore[typeddict-item]
         response = quart.Response(
             encode_error(error, http.id), error.http_status, content_type="application/json"
@@ -7899,7 +8012,7 @@ class Api:
 
     async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen for clients; `started` with the URL. Raises OSError when the port cannot be had."""
-        listener = HttpListener(self, self._config.server, self._config.limits.connections)
+        listener = HttpListener(self, self._config)
         async with trio.open_nursery() as nursery:
             self.url = await nursery.start(listener.serve)
             self._panel.urls = {
@@ -7921,6 +8034,10 @@ class Api:
             await http.respond_error(error)
         except ClientLeft:
             log.debug("%s: the client left", http.id)
+        except Exception:
+            log.exception("A request met an error in the program")
+            if not http.has_started:
+                await http.respond_error(ApiError(INTERNAL_ERROR))
 
     async def _route(self, http: HttpRequest, scope: Any) -> None:
         if not http.path.startswith("/"):

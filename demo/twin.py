@@ -311,14 +311,20 @@ class Twin:
         response = await self.http.request(method, path, content=json.dumps(body), headers=headers)
         answer = response.content.decode("utf-8", errors="replace")
         if response.status_code == 200 and contract.ended_well(answer) and self.outbox is not None:
-            captured = {"session_id": chat.session_id, "message_id": chat.answers[side], "mode": chat.mode}
-            if chat.mode != "direct":
-                captured["position"] = side
-            model_id = None if chat.mode == "battle" else chat.model["id"]
-            await self.outbox.put_text(
-                {"type": "captured", **captured, "model_id": model_id, "account": self.account}
-            )
+            both = method == "POST" and chat.mode != "direct"
+            for reported in get_args(contract.Side) if both else (side,):
+                await self.report(chat, reported)
         return answer
+
+    async def report(self, chat: Chat, side: contract.Side) -> None:
+        assert self.outbox
+        captured = {"session_id": chat.session_id, "message_id": chat.answers[side], "mode": chat.mode}
+        if chat.mode != "direct":
+            captured["position"] = side
+        model_id = None if chat.mode == "battle" else chat.model["id"]
+        await self.outbox.put_text(
+            {"type": "captured", **captured, "model_id": model_id, "account": self.account}
+        )
 
     # The connection to the program.
 

@@ -938,19 +938,13 @@ async def test_paths_and_methods_that_are_not_there_are_told_in_openai_s_form(
             assert by_head.headers[name] == by_get.headers[name]
 
 
-async def test_pages_that_are_asked_for_at_once_before_their_library_is_loaded_all_come(
-    nursery: trio.Nursery, tmp_path: Path
+async def test_what_breaks_where_memory_is_told_is_an_error_in_openai_s_form(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = await start(nursery, tmp_path, connected=False)
-    statuses: list[int] = []
-
-    async def ask(path: str) -> None:
-        statuses.append((await rig.http.get(path)).status_code)
-
-    async with trio.open_nursery() as asking:
-        for path in ("/", "/api/state", "/metrics", "/openapi.json", "/bridge.user.js") * 4:
-            asking.start_soon(ask, path)
-    assert statuses == [200] * 20
+    monkeypatch.setattr(rig.program.pool.catalog, "named", lambda name: 1 / 0)
+    check_error(await rig.http.get(f"/v1/models/{CLAUDE}"), 500, "internal_error")
+    assert (await rig.http.get("/health")).status_code == 200
 
 
 # ── Waiting ─────────────────────────────────────────────────────────────────────────────────────────────────

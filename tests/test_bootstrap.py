@@ -1,7 +1,7 @@
 """Bootstrap inside the test, against the stand-in arena: what is opened, what pauses it, what ends it."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -567,9 +567,11 @@ class SlowSite(Bridge):
         self.calls = self.running = self.most = 0
 
     @contextmanager
-    def fetch(self, method: str, path: str, body: str) -> Iterator[Exchange]:
+    def fetch(
+        self, method: str, path: str, body: str, accept: Callable[[Head], bool] | None = None
+    ) -> Iterator[Exchange]:
         self.calls += 1
-        exchange = Exchange(self.calls)
+        exchange = Exchange(self.calls, accept)
         self._nursery.start_soon(self._answer, exchange)
         self.running += 1
         self.most = max(self.most, self.running)

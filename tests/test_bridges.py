@@ -609,6 +609,7 @@ async def test_an_exchange_that_nobody_reads_is_given_up_alone() -> None:
         full.feed(b"x" * (1 << 20))
     assert not full.is_over
     full.feed(b"x")
+    other.begin(Head(2, 200))
     other.feed(b"y")
     assert full.is_over
     assert await other.receive() == b"y"
@@ -616,6 +617,7 @@ async def test_an_exchange_that_nobody_reads_is_given_up_alone() -> None:
 
 async def test_an_exchange_that_is_read_takes_more_than_its_buffer() -> None:
     exchange = Exchange(1)
+    exchange.begin(Head(1, 200))
     for _ in range(40):
         exchange.feed(b"x" * (1 << 20))
         assert len(await exchange.receive()) == 1 << 20

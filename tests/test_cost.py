@@ -28,6 +28,7 @@ from lmarena_proxy import (
     EventBus,
     Exchange,
     FrameLane,
+    Head,
     HttpConnection,
     HttpRequest,
     Lease,
@@ -141,7 +142,8 @@ async def test_a_chunk_goes_from_the_bridge_to_the_socket_in_few_calls_and_witho
     exchange, lease = Exchange(1), Lease("req_1", Model(id="m-1", name="m"))
     choice = Choice(reply, 0, Answer(ASKED, RequestsConfig()), lease, None)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Pump(exchange, choice, lease, LIMITS).run)
+        nursery.start_soon(Pump(choice, lease, LIMITS).run, exchange)
+        exchange.begin(Head(1, 200))
         await trio.testing.wait_all_tasks_blocked()
         exchange.feed(LINES[0])
         assert connection.started == [200]

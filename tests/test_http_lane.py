@@ -17,10 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmarena_proxy import (
+    Config,
     HttpConnection,
     HttpListener,
     HttpRequest,
-    ServerConfig,
     read_plain_head,
     serve_by_hypercorn,
 )
@@ -258,7 +258,7 @@ async def test_a_system_that_is_full_for_a_moment_ends_nothing() -> None:
         async with listener, client, trio.open_nursery() as nursery:
             full: Any = FullListener(await listener.accept())
             app: Any = application
-            server = HttpListener(app, ServerConfig(), 10)
+            server = HttpListener(app, Config())
             nursery.start_soon(server._listen, full, nursery)
             await client.send_all(LAST)
             answered = b""

@@ -1054,7 +1054,7 @@ def test_tokens_are_estimated_by_kind_of_character(text: str, tokens: int) -> No
 WORDS = st.text(alphabet="ab你안é😀\n𠮷")
 
 
-@given(st.lists(st.text(max_size=5), max_size=80), st.integers(0, 200))
+@given(st.lists(st.text(min_size=1, max_size=5), max_size=80), st.integers(0, 200))
 def test_a_growing_text_is_its_pieces_joined(pieces: list[str], characters: int) -> None:
     text = GrowingText()
     for piece in pieces:

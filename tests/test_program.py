@@ -676,6 +676,53 @@ def test_a_start_loads_nothing_that_an_answer_does_not_need() -> None:
     assert done.stdout.strip() == "[]"
 
 
+async def test_pages_that_are_asked_for_at_once_before_their_library_is_loaded_all_come(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    write_models(tmp_path, (CLAUDE,))
+    ports = ("--port", "0", "--bridge-port", "0")
+    statuses: list[int] = []
+    with Terminal(tmp_path, "--config", str(write_config(tmp_path, {})), *ports) as terminal:
+        url, _ = await terminal.addresses()
+
+        async def ask(method: str, path: str) -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+                statuses.append((await client.request(method, path)).status_code)
+
+        async with trio.open_nursery() as asking:
+            for path in ("/", "/api/state", "/metrics", "/openapi.json", "/bridge.user.js") * 3:
+                asking.start_soon(ask, "GET", path)
+                asking.start_soon(ask, "HEAD", path)  # Hypercorn's.
+    assert statuses == [200] * 30
+
+
+def test_two_images_that_are_fetched_at_once_before_their_library_is_loaded_are_both_told_of() -> None:
+    """Under a name that is not known: what matters is that nothing else is raised."""
+    code = """
+import pathlib, sys, trio
+from lmarena_proxy import FetchFailed, MediaConfig, MediaFiles
+
+async def fetch(files, told):
+    try:
+        await files.fetch("http://nowhere.invalid/a.png", 1)
+    except FetchFailed as failure:
+        told.append(str(failure))
+
+async def main():
+    files, told = MediaFiles(MediaConfig(), pathlib.Path("media")), []
+    assert "httpx._client" not in sys.modules
+    async with trio.open_nursery() as nursery:
+        for _ in range(4):
+            nursery.start_soon(fetch, files, told)
+    assert "httpx._client" in sys.modules
+    print(*told, sep="\\n")
+
+trio.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["the name nowhere.invalid is not known"] * 4, done.stderr
+
+
 async def test_a_second_copy_on_the_same_store_is_refused_until_the_first_is_gone(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:

@@ -20,10 +20,12 @@ from lmarena_proxy import (
     Exchange,
     ExchangeBroken,
     Finish,
+    Head,
     Lease,
     Limits,
     Model,
     Pump,
+    Refused,
     Setback,
     Text,
 )
@@ -78,19 +80,26 @@ def line(text: str) -> bytes:
     return b"a0:" + json.dumps(text, ensure_ascii=False).encode() + b"\n"
 
 
-def pump(exchange: Exchange, sink: Recorder, **fields: float) -> Pump:
-    return Pump(exchange, sink, Lease("req_1", MODEL), limits(**fields))
+def begun() -> Exchange:
+    """An exchange whose head has come."""
+    exchange = Exchange(1)
+    exchange.begin(Head(1, 200))
+    return exchange
 
 
-async def run(exchange: Exchange, sink: Recorder, **fields: float) -> None:
+def pump(sink: Recorder, **fields: float) -> Pump:
+    return Pump(sink, Lease("req_1", MODEL), limits(**fields))
+
+
+async def run(exchange: Exchange, sink: Recorder, own: Pump | None = None, **fields: float) -> None:
     try:
-        sink.results.append(await pump(exchange, sink, **fields).run())
-    except (Setback, ExchangeBroken, ValueError) as error:
+        sink.results.append(await (own or pump(sink, **fields)).run(exchange))
+    except (Setback, Refused, ExchangeBroken, ValueError) as error:
         sink.results.append(error)
 
 
 async def test_text_is_delivered_in_the_step_that_brings_it(autojump_clock: MockClock) -> None:
-    exchange, sink = Exchange(1), Recorder()
+    exchange, sink = begun(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
         await trio.testing.wait_all_tasks_blocked()
@@ -106,6 +115,101 @@ async def test_text_is_delivered_in_the_step_that_brings_it(autojump_clock: Mock
     assert text_of(sink.events) == "firstsecond thirdcut in twolast"
     assert sink.results == [Finish("stop")]
     assert sink.taken_now == 2
+
+
+async def test_the_head_of_an_answer_wakes_nobody(autojump_clock: MockClock) -> None:
+    accepted: list[int] = []
+    sink = Recorder()
+    own = pump(sink)
+
+    def accept(head: Head) -> bool:
+        accepted.append(head.status)
+        return own.accept(head)
+
+    exchange = Exchange(1, accept)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, own)
+        await trio.sleep(40)
+        exchange.begin(Head(1, 200))
+        exchange.feed(line("first"))
+        assert (accepted, sink.events, sink.taken_now) == ([200], [Text("first")], 1)
+        exchange.feed(END)
+        exchange.end()
+
+
+async def test_after_the_head_the_first_text_has_all_its_time_again(autojump_clock: MockClock) -> None:
+    sink = Recorder()
+    own = pump(sink)
+    exchange = Exchange(1, own.accept)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, own)
+        await trio.sleep(40)
+        exchange.begin(Head(1, 200))
+    assert str(sink.results[0]) == "The site fell silent for 50 s."
+    assert trio.current_time() == pytest.approx(90)
+
+
+async def test_without_a_head_the_site_has_sent_nothing(autojump_clock: MockClock) -> None:
+    with pytest.raises(Setback, match="sent nothing within 50 s"):
+        await pump(Recorder()).run(Exchange(1))
+    assert trio.current_time() == pytest.approx(50)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_a_head_that_is_not_accepted_is_told_once_and_then_its_body_read(is_late: bool) -> None:
+    exchange, sink = Exchange(1, lambda head: False), Recorder()
+
+    def refuse() -> None:
+        exchange.begin(Head(1, 403))
+        exchange.feed(line("no answer of anybody's"))
+        exchange.end()
+
+    if not is_late:
+        refuse()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink)
+        await trio.testing.wait_all_tasks_blocked()
+        if is_late:
+            refuse()
+    [refused] = sink.results
+    assert isinstance(refused, Refused)
+    assert (refused.head.status, sink.events) == (403, [])
+    assert await exchange.receive() == line("no answer of anybody's")
+    assert await exchange.receive() == b""
+
+
+async def test_bytes_before_their_head_wait_for_it() -> None:
+    sink = Recorder()
+    own = pump(sink)
+    exchange = Exchange(1, own.accept)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, exchange, sink, own)
+        await trio.testing.wait_all_tasks_blocked()
+        exchange.feed(line("early"))
+        await trio.testing.wait_all_tasks_blocked()
+        assert sink.events == []
+        exchange.begin(Head(1, 200))
+        exchange.feed(line(" and late") + END)
+        exchange.end()
+    assert text_of(sink.events) == "early and late"
+
+
+async def test_an_end_before_a_head_is_no_answer() -> None:
+    exchange = Exchange(1, lambda head: True)
+    exchange.feed(line("lost"))
+    exchange.end()
+    with pytest.raises(ExchangeBroken, match="ended before it began"):
+        await exchange.receive()
+
+
+async def test_trouble_with_the_head_is_its_own_requests() -> None:
+    def accept(head: Head) -> bool:
+        raise ValueError("no such gate")
+
+    exchange = Exchange(1, accept)
+    exchange.begin(Head(1, 200))  # The bridge, which calls this, sees nothing of it.
+    with pytest.raises(ValueError, match="no such gate"):
+        await exchange.receive()
 
 
 KINDS = st.sampled_from(
@@ -140,7 +244,7 @@ def test_whatever_is_handed_on_by_whom_all_arrives_in_order(
     sink = Recorder()
 
     async def play() -> None:
-        exchange = Exchange(1)
+        exchange = begun()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, exchange, sink)
             for piece in pieces:
@@ -160,7 +264,7 @@ def test_whatever_is_handed_on_by_whom_all_arrives_in_order(
 
 
 async def test_text_that_is_handed_on_at_once_keeps_the_answer_alive(autojump_clock: MockClock) -> None:
-    exchange, sink = Exchange(1), Recorder()
+    exchange, sink = begun(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
         for _ in range(8):
@@ -173,7 +277,7 @@ async def test_text_that_is_handed_on_at_once_keeps_the_answer_alive(autojump_cl
 
 
 async def test_until_the_first_text_patience_is_longer(autojump_clock: MockClock) -> None:
-    exchange, sink = Exchange(1), Recorder()
+    exchange, sink = begun(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
         await trio.sleep(1)
@@ -186,7 +290,7 @@ async def test_until_the_first_text_patience_is_longer(autojump_clock: MockClock
 
 
 async def test_from_the_first_text_on_patience_is_shorter(autojump_clock: MockClock) -> None:
-    exchange, sink = Exchange(1), Recorder()
+    exchange, sink = begun(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
         await trio.sleep(1)
@@ -197,7 +301,7 @@ async def test_from_the_first_text_on_patience_is_shorter(autojump_clock: MockCl
 
 
 async def test_a_slow_sink_is_not_the_sites_silence(autojump_clock: MockClock) -> None:
-    exchange, sink = Exchange(1), Recorder(is_quick=False, pause_seconds=60)
+    exchange, sink = begun(), Recorder(is_quick=False, pause_seconds=60)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
         for text in "abc":
@@ -209,7 +313,7 @@ async def test_a_slow_sink_is_not_the_sites_silence(autojump_clock: MockClock) -
 
 
 async def test_trouble_in_the_sink_is_its_own_requests() -> None:
-    exchange, sink = Exchange(1), Recorder()
+    exchange, sink = begun(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
         exchange.feed(line("first"))
@@ -220,7 +324,7 @@ async def test_trouble_in_the_sink_is_its_own_requests() -> None:
 
 
 async def test_an_answer_without_end_is_cut_off_wherever_its_text_goes() -> None:
-    exchange, sink = Exchange(1), Recorder()
+    exchange, sink = begun(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(functools.partial(run, answer_bytes=1 << 20), exchange, sink)
         nursery.start_soon(feed_endlessly, exchange, sink)
@@ -235,7 +339,7 @@ async def feed_endlessly(exchange: Exchange, sink: Recorder) -> None:
 
 
 async def test_after_a_cancellation_nothing_is_handed_on(autojump_clock: MockClock) -> None:
-    exchange, sink = Exchange(1), Recorder()
+    exchange, sink = begun(), Recorder()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, exchange, sink)
         exchange.feed(line("first"))

@@ -11,6 +11,7 @@ import pytest
 import trio
 from harness import CLAUDE, DEEPSEEK, Rig, model_id, start, turns, until, user, whole
 
+from demo.arena import Failure
 from lmarena_proxy import (
     AnswerRequest,
     Catalog,
@@ -219,9 +220,41 @@ async def test_the_other_side_is_captured_when_it_is_the_first_that_is_seen(
     assert Store(tmp_path / "state").sessions()[0].position == "b"
 
 
+async def test_what_goes_on_after_the_other_side_s_answer_is_followed(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, tables=BATTLES)
+    outbox, rig.twin.outbox = rig.twin.outbox, None
+    await rig.twin.chat_by_hand(CLAUDE, "by hand", "side-by-side")
+    rig.twin.outbox = outbox
+    await rig.twin.retry_by_hand("b")
+    await until(lambda: rig.pool(CLAUDE).sessions)
+    [session] = rig.pool(CLAUDE).sessions.values()
+    before = session.message_id
+    await rig.twin.follow_up("more")
+    await until(lambda: session.message_id != before)
+    await ask_at(rig, "b")
+    assert rig.pool(CLAUDE).sessions == {session.session_id: session}
+
+
+async def test_a_side_that_the_site_does_not_take_is_given_up_for_another_session(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, tables=BATTLES)
+    await rig.twin.chat_by_hand(CLAUDE, "by hand", "side-by-side")
+    await until(lambda: rig.pool(CLAUDE).sessions)
+    rig.arena.switch(failures={"*": Failure(400, on="retry", times=1)})
+    response = await rig.chat(CLAUDE, "Hello")
+    assert whole(response).choices[0].message.content == f"[{CLAUDE}] Hello"
+    assert [seen.status for seen in rig.calls[1:]] == [400, 200]
+    assert [event.reason for event in rig.event(SessionRetired)] == ["the site answered 400"]
+    assert {each.position for each in rig.pool(CLAUDE).sessions.values()} == {None}
+
+
 async def test_a_battle_whose_model_nobody_knows_is_not_used(nursery: trio.Nursery, tmp_path: Path) -> None:
     rig = await start(nursery, tmp_path, tables=BATTLES)
     await rig.twin.chat_by_hand(CLAUDE, "by hand", "battle")
+    await rig.twin.retry_by_hand()
     await rig.twin.chat_by_hand(DEEPSEEK, "by hand")  # Told after it, so the first one has been looked at.
     await until(lambda: rig.pool(DEEPSEEK).sessions)
     assert not rig.pool(CLAUDE).sessions

@@ -365,10 +365,11 @@ async def test_other_modes_are_captured_with_their_mode(mode: str) -> None:
         await w.connect()
         answer = await w.twin.chat_by_hand("echo", "one", mode)
         assert "\nb0:" in answer
-        captured = await w.program.expect("captured")
+        captured, beside = [await w.program.expect("captured") for _ in "ab"]
         assert (captured["mode"], captured["position"]) == (mode, "a")
+        assert (beside["mode"], beside["position"]) == (mode, "b")
         assert [line for line in (await w.twin.retry_by_hand("b")).split("\n") if line.startswith("a")] == []
         other = await w.program.expect("captured")
-        assert (other["mode"], other["position"]) == (mode, "b")
+        assert other == beside
         assert other["session_id"] == captured["session_id"]
         assert other["message_id"] != captured["message_id"]

@@ -697,8 +697,14 @@ def test_other_modes_are_captured_as_what_they_are(page: Page, tab: Connection, 
         before = len(tab.all("captured"))
         assert chat(page, "Hi")["status"] == "done"
         chat(page, "more")
-        eventually(lambda: len(tab.all("captured")) == before + 2, f"captures in {mode}")  # noqa: B023
-        assert [(m["mode"], m["position"]) for m in tab.all("captured")[before:]] == [(mode, "a")] * 2
+        eventually(lambda: len(tab.all("captured")) == before + 4, f"captures in {mode}")  # noqa: B023
+        captured = tab.all("captured")[before:]
+        assert [(m["mode"], m["position"]) for m in captured] == [(mode, "a"), (mode, "b")] * 2
+        bodies = [seen["body"] for seen in arena.record()[-2:] for _ in "ab"]
+        names = ["modelAMessageId", "modelBMessageId"] * 2
+        assert [m["message_id"] for m in captured] == [
+            body[name] for body, name in zip(bodies, names, strict=True)
+        ]
     # Loaded anew, the script has forgotten the mode: the answer of two models shows that it is not direct.
     page.click("#new-chat")
     page.select_option("#mode", "side-by-side")
