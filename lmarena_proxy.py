@@ -6950,7 +6950,8 @@ class StreamedReply(Reply):
             await self.http.write(data)
             self._emptied.unpark_all()
         if self.http.is_broken:
-            return  # `attend` is told, and ends the request.
+            self._written.set()  # Whoever waits is told; where nobody does, `attend` is.
+            return
         if self._is_complete:
             await self.http.end_stream(bytes(self._outbox))
             self._written.set()
@@ -6960,7 +6961,8 @@ class StreamedReply(Reply):
         """Wait for what the client's reading brings about. Raises ClientLeft when that takes too long."""
         with trio.move_on_after(self._settings.idle_timeout_seconds):
             await wait()
-            return
+            if not self.http.is_broken:
+                return
         raise ClientLeft
 
     async def show(self, index: int, events: Sequence[AnswerEvent]) -> None:

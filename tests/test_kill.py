@@ -560,7 +560,7 @@ def test_check_leaves_a_damaged_store_that_a_kill_left_as_it_is(tmp_path: Path) 
     write_models(tmp_path, (CLAUDE,))
     lmarena_proxy.Store(store_of(tmp_path).parent)._connection.close()
     path, left = store_of(tmp_path), tmp_path / "left"
-    insert = "INSERT INTO sessions VALUES (?, 'message', 'model', 'account', 'bootstrap', 1.5, NULL, 0)"
+    insert = "INSERT INTO sessions VALUES (?, 'message', 'model', 'account', 'bootstrap', 1.5, NULL, 0, NULL)"
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.executemany(insert, [(f"session {number}",) for number in range(2000)])
     with closing(sqlite3.connect(path)) as connection:
