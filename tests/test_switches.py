@@ -187,6 +187,17 @@ async def ask_at(rig: Rig, position: str) -> None:
     assert positions == [position, position]
 
 
+async def capture_b(rig: Rig) -> Session:
+    """A conversation side by side whose other side is the first that the program sees something of."""
+    outbox, rig.twin.outbox = rig.twin.outbox, None
+    await rig.twin.chat_by_hand(CLAUDE, "by hand", "side-by-side")
+    rig.twin.outbox = outbox
+    await rig.twin.retry_by_hand("b")
+    await until(lambda: rig.pool(CLAUDE).sessions)
+    [session] = rig.pool(CLAUDE).sessions.values()
+    return session
+
+
 async def test_a_conversation_side_by_side_serves_for_the_side_that_was_captured(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
@@ -209,12 +220,7 @@ async def test_the_other_side_is_captured_when_it_is_the_first_that_is_seen(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     rig = await start(nursery, tmp_path, tables=BATTLES)
-    outbox, rig.twin.outbox = rig.twin.outbox, None
-    await rig.twin.chat_by_hand(CLAUDE, "by hand", "side-by-side")
-    rig.twin.outbox = outbox
-    await rig.twin.retry_by_hand("b")
-    await until(lambda: rig.pool(CLAUDE).sessions)
-    [session] = rig.pool(CLAUDE).sessions.values()
+    session = await capture_b(rig)
     assert rig.arena.sessions[session.session_id].message_b_id == session.message_id
     await ask_at(rig, "b")
     assert Store(tmp_path / "state").sessions()[0].position == "b"
@@ -224,12 +230,7 @@ async def test_what_goes_on_after_the_other_side_s_answer_is_followed(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     rig = await start(nursery, tmp_path, tables=BATTLES)
-    outbox, rig.twin.outbox = rig.twin.outbox, None
-    await rig.twin.chat_by_hand(CLAUDE, "by hand", "side-by-side")
-    rig.twin.outbox = outbox
-    await rig.twin.retry_by_hand("b")
-    await until(lambda: rig.pool(CLAUDE).sessions)
-    [session] = rig.pool(CLAUDE).sessions.values()
+    session = await capture_b(rig)
     before = session.message_id
     await rig.twin.follow_up("more")
     await until(lambda: session.message_id != before)
