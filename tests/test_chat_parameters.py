@@ -7,6 +7,7 @@ and streamed) and checks that all of them tell the same.
 import base64
 import json
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -1159,8 +1160,18 @@ async def test_the_openai_package_raises_the_same_error_before_and_after_the_fir
 
 @pytest.mark.parametrize("n", [1, 2])
 async def test_a_client_that_does_not_read_its_error_either_leaves_nothing_behind(
-    tmp_path: Path, logged: list[str], n: int
+    tmp_path: Path, logged: list[str], n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    open_listeners = trio.open_tcp_listeners
+
+    async def open_narrow(*where: Any, **how: Any) -> list[trio.SocketListener]:
+        """What a system takes for a client that does not read may be more than comes in a second."""
+        listeners = await open_listeners(*where, **how)
+        for listener in listeners:
+            listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 13)
+        return listeners
+
+    monkeypatch.setattr(trio, "open_tcp_listeners", open_narrow)
     tables: Tables = {"requests": {"total_timeout_seconds": 1, "idle_timeout_seconds": 2}}
     async with trio.open_nursery() as nursery:
         rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, filled=True)
