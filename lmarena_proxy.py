@@ -3616,8 +3616,9 @@ class Exchange:
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing of it waits to be received, neither bytes nor an end."""
-        return not self._chunks and not self.is_over and not self._refused
+        """Whether nothing of it can be received now: neither bytes whose head has come, nor an end."""
+        has_bytes = bool(self._chunks) and self._accept is None
+        return not has_bytes and not self.is_over and not self._refused
 
     @property
     def is_streaming(self) -> bool:
@@ -6248,7 +6249,7 @@ class Metrics:
             buckets=self._TOKENS,
         )
         registry.register(self)
-        # A series by its metric and labels: to look it up there takes ten times as long.
+        # A series by its metric and labels: the library looks it up under a lock, and checks the labels anew.
         self._series = functools.cache(lambda metric, *labels: metric.labels(*labels))
 
     def note_event(self, event: Event) -> None:

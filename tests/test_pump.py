@@ -194,6 +194,15 @@ async def test_bytes_before_their_head_wait_for_it() -> None:
     assert text_of(sink.events) == "early and late"
 
 
+async def test_bytes_whose_head_does_not_come_are_not_waited_for_longer(autojump_clock: MockClock) -> None:
+    exchange, sink = Exchange(1, lambda head: True), Recorder()
+    exchange.feed(line("early"))
+    with trio.fail_after(500):
+        await run(exchange, sink)
+    assert str(sink.results[0]) == "The site sent nothing within 50 s."
+    assert trio.current_time() == pytest.approx(50)
+
+
 async def test_an_end_before_a_head_is_no_answer() -> None:
     exchange = Exchange(1, lambda head: True)
     exchange.feed(line("lost"))
