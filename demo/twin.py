@@ -383,6 +383,7 @@ class Twin:
             extra_headers=[(b"Origin", self.origin.encode())],
             message_queue_size=64,
             max_message_size=MAX_MESSAGE_BYTES,
+            receive_buffer_size=None,  # as much as there is, not 4 kB at a time
             connect_timeout=CLOSE_SECONDS * 10,
             disconnect_timeout=CLOSE_SECONDS,
         ) as connection:

@@ -1,5 +1,6 @@
 """Fixtures that more than one file of tests uses."""
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("browser")
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the collector of cycles need not look at it over and over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -88,6 +88,11 @@ def write_models(directory: Path, names: Sequence[str] | None) -> None:
         (directory / "models.json").write_text(json.dumps(pick_models(names)), encoding="utf-8")
 
 
+def plain_client(url: str, timeout: float = 120.0) -> httpx.AsyncClient:
+    """For a program on this machine: what is not spoken, TLS, needs none of the world's certificates read."""
+    return httpx.AsyncClient(base_url=url, timeout=timeout, verify=False, trust_env=False)
+
+
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
@@ -179,8 +184,14 @@ class Rig:
         self.events: list[lmarena_proxy.Event] = []
         program.bus.subscribe(self.events.append)
         self.url = program.api.url
-        self.http = httpx.AsyncClient(base_url=self.url, timeout=120, trust_env=False)
-        self.openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=120)
+        self.http = plain_client(self.url)
+        self.openai = openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1",
+            api_key="any",
+            max_retries=0,
+            timeout=120,
+            http_client=openai.DefaultAsyncHttpxClient(verify=False, trust_env=False),  # as `plain_client`
+        )
 
     @property
     def calls(self) -> list[Seen]:
@@ -415,7 +426,7 @@ class Desk:
 
     def __init__(self, nursery: trio.Nursery, terminal: Terminal, arena: Arena, twin: Twin, url: str) -> None:
         self.nursery, self.terminal, self.arena, self.twin, self.url = nursery, terminal, arena, twin, url
-        self.http = httpx.AsyncClient(base_url=url, timeout=120, trust_env=False)
+        self.http = plain_client(url)
 
     @property
     def creates(self) -> list[Seen]:

@@ -33,6 +33,7 @@ from harness import (
     check_error,
     model_id,
     pick_models,
+    plain_client,
     request_body,
     start,
     turns,
@@ -309,7 +310,7 @@ async def test_images_travel_as_attachments_of_a_retry(nursery: trio.Nursery, tm
 
 async def leave_when(rig: Rig, model: str, wanted: str, *, is_stream: bool = True) -> None:
     """A client that closes its connection once `wanted` is in the stream."""
-    async with httpx.AsyncClient(base_url=rig.url, timeout=120, trust_env=False) as client:
+    async with plain_client(rig.url) as client:
         body = request_body(model, "Hello", stream=is_stream)
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             received = ""

@@ -46,7 +46,7 @@ class Browser:
 
     def __init__(self, arena: Arena, url: str) -> None:
         self.arena = arena
-        self.http = httpx.AsyncClient(base_url=url, trust_env=False, timeout=None)
+        self.http = httpx.AsyncClient(base_url=url, verify=False, trust_env=False, timeout=None)
 
     async def sign_in(self) -> None:
         await self.http.post("/nextjs-api/sign-up", content="{}")

@@ -29,6 +29,7 @@ from harness import (
     check_error,
     eventually,
     model_id,
+    plain_client,
     request_body,
     sit_down,
     start,
@@ -458,7 +459,7 @@ async def test_too_many_connections_are_refused_until_one_leaves(
                 assert response.headers["retry-after"] == "5"
                 assert response.headers["connection"] == "close"
         for _ in range(20):  # A library's client sees the same, each time.
-            async with httpx.AsyncClient(base_url=rig.url, trust_env=False) as library:
+            async with plain_client(rig.url) as library:
                 assert (await library.post(CHAT, json=request_body(CLAUDE))).status_code == 503
         assert text_of(await inside[0].ask(CLAUDE)) == f"[{CLAUDE}] Hello"
         last = inside.pop()

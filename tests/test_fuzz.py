@@ -69,7 +69,7 @@ def fuzzing(examples: int) -> settings:
 
 async def drive(rig: Rig, fuzz: Callable[[httpx.Client], None]) -> None:
     """Run a fuzz in a thread with a client of its own; then nothing may be left of any request."""
-    with httpx.Client(base_url=rig.url, timeout=TIMEOUT_SECONDS, trust_env=False) as client:
+    with httpx.Client(base_url=rig.url, timeout=TIMEOUT_SECONDS, verify=False, trust_env=False) as client:
         await trio.to_thread.run_sync(fuzz, client)
     await until(lambda: rig.program.answers.active == 0)
     for pool in rig.program.pool:
@@ -668,7 +668,9 @@ async def test_no_bytes_at_the_port_end_the_program_or_meet_an_error(
             with socket.create_connection(address, TIMEOUT_SECONDS) as connection:
                 with contextlib.suppress(ConnectionError):  # Closed on us: as good an answer as any.
                     connection.sendall(data)
-                health = httpx.get(f"{rig.url}/health", trust_env=False, timeout=TIMEOUT_SECONDS)
+                health = httpx.get(
+                    f"{rig.url}/health", verify=False, trust_env=False, timeout=TIMEOUT_SECONDS
+                )
                 assert health.status_code == 200, data
                 connection.setblocking(False)
                 with contextlib.suppress(ConnectionError, BlockingIOError):

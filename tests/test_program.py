@@ -30,6 +30,7 @@ from harness import (
     eventually,
     model_id,
     pick_models,
+    plain_client,
     request_body,
     sit_down,
     until,
@@ -626,7 +627,7 @@ async def test_the_demo_runs_everything_without_a_browser(nursery: trio.Nursery,
         url, _ = await terminal.addresses()
         await terminal.shows("DEMO")
         await terminal.shows("Bootstrap done", 120)
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        async with plain_client(url) as client:
             response = await client.post("/v1/chat/completions", json=request_body(CLAUDE, "Hello"))
         assert response.json()["choices"][0]["message"]["content"] == f"[{CLAUDE}] Hello"
         terminal.press("ctrl-c")
@@ -686,7 +687,7 @@ async def test_pages_that_are_asked_for_at_once_before_their_library_is_loaded_a
         url, _ = await terminal.addresses()
 
         async def ask(method: str, path: str) -> None:
-            async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+            async with plain_client(url) as client:
                 statuses.append((await client.request(method, path)).status_code)
 
         async with trio.open_nursery() as asking:
