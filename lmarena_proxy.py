@@ -174,6 +174,7 @@ if TYPE_CHECKING:
     import httpx
     import quart
     import quart_trio
+    from rich.traceback import Traceback
 else:
     httpx, quart, quart_trio = map(load_later, ("httpx", "quart", "quart_trio"))
 
@@ -5574,6 +5575,34 @@ class Screen(RichConsole):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@functools.cache
+def _tracebacks() -> "type[Traceback]":
+    """rich's view of an error, made to highlight no more of a file than the lines that it shows.
+
+    By itself it reads the file of each frame from the first line on: of this one nearly a second a frame, and
+    nothing else runs meanwhile. Loaded when one is due: it brings 1.3 MB that most runs never need.
+    """
+    from rich import syntax, traceback
+
+    class Excerpt(syntax.Syntax):
+        """The lines from the first to the last of `line_range`, numbered as in the file."""
+
+        def __init__(self, code: str, *args: Any, line_range: tuple[int, int], **kwargs: Any) -> None:
+            self._skipped = max(line_range[0] - 1, 0)
+            lines = code.split("\n")[self._skipped : line_range[1]]
+            super().__init__("\n".join(lines), *args, start_line=self._skipped + 1, **kwargs)
+
+        def stylize_range(
+            self, style: Any, start: tuple[int, int], end: tuple[int, int], style_before: bool = False
+        ) -> None:
+            if start[0] > self._skipped:
+                start, end = (start[0] - self._skipped, start[1]), (end[0] - self._skipped, end[1])
+                super().stylize_range(style, start, end, style_before)
+
+    traceback.Syntax = Excerpt  # type: ignore[assignment, attr-defined]
+    return traceback.Traceback
+
+
 class ConsoleHandler(logging.Handler):
     """Shows log records: one line each, and the whole story of a model that is skipped."""
 
@@ -5608,11 +5637,8 @@ class ConsoleHandler(logging.Handler):
             self._screen.quiet = True
 
     def _show_traceback(self, error: BaseException) -> None:
-        # Only now: it brings a syntax highlighter, 1.3 MB that most runs never need.
-        from rich.traceback import Traceback
-
         # No local variables: they hold conversations.
-        trace = Traceback.from_exception(
+        trace = _tracebacks().from_exception(
             type(error), error, error.__traceback__, width=110, show_locals=False
         )
         self._screen.print(trace)

@@ -6,7 +6,10 @@ limit here is raised with it, on purpose.
 
 import contextlib
 import gc
+import io
 import json
+import logging
+import re
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +20,8 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from rich.console import Console
+from rich.syntax import Syntax
 
 from lmarena_proxy import (
     Answer,
@@ -25,6 +30,8 @@ from lmarena_proxy import (
     Catalog,
     Choice,
     ChunkEncoder,
+    ConfigError,
+    ConsoleHandler,
     EventBus,
     Exchange,
     FrameLane,
@@ -42,6 +49,8 @@ from lmarena_proxy import (
     Store,
     StreamedReply,
     Text,
+    Translator,
+    parse_config,
 )
 
 CHUNKS = 200
@@ -270,3 +279,40 @@ async def hand_over_calls(directory: Path, waiters: int, hand_overs: int = 10) -
 async def test_a_hand_over_costs_the_same_before_ten_waiters_and_before_two_thousand(tmp_path: Path) -> None:
     few = await hand_over_calls(tmp_path / "few", 10)
     assert await hand_over_calls(tmp_path / "many", 2000) <= 1.2 * few
+
+
+def shown_traceback(error: BaseException) -> str:
+    screen = Console(file=io.StringIO(), width=120)
+    record = logging.LogRecord("lmarena_proxy", logging.ERROR, "", 0, "It broke", None, None)
+    record.exc_info = (type(error), error, error.__traceback__)
+    ConsoleHandler(screen, Translator("en")).emit(record)
+    _, _, trace = screen.file.getvalue().partition("\n")  # type: ignore[attr-defined]
+    return re.sub(" +", " ", trace)  # rich makes room for the number of the file's last line
+
+
+def test_a_traceback_shows_what_rich_shows_and_reads_only_the_lines_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    try:
+        try:
+            parse_config({"server": {"port": "x"}})
+        except ConfigError as error:
+            raise RuntimeError("over several", "lines") from error
+    except RuntimeError as error:
+        broken = error
+    shown_traceback(broken)  # loads it
+    read: list[str] = []
+    highlight = Syntax.highlight
+
+    def note(syntax: Syntax, code: str, *rest: Any) -> Any:
+        read.append(code)
+        return highlight(syntax, code, *rest)
+
+    monkeypatch.setattr(Syntax, "highlight", note)
+    shown = shown_traceback(broken)
+    assert len(read) >= 3  # this file's frames, and the program's
+    assert all(code.count("\n") <= 7 for code in read)
+    read.clear()
+    monkeypatch.setattr("rich.traceback.Syntax", Syntax)
+    assert shown_traceback(broken) == shown
+    assert max(code.count("\n") for code in read) > 7000
