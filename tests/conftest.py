@@ -10,9 +10,10 @@ from userscript_bridge import ArenaProcess
 
 # The files that take longest begin first: else the last of them runs alone while the other workers are idle.
 LONGEST = (
-    *("test_userscript", "test_dashboard", "test_browser_faults", "test_open_webui", "test_client_faults"),
-    *("test_program", "test_chat_parameters", "test_api", "test_fuzz", "test_bootstrap", "test_media"),
-    *("test_housekeeping", "test_soak", "test_kill", "test_bridge_fuzz", "test_monitoring", "test_openapi"),
+    *("test_userscript", "test_dashboard", "test_browser_faults", "test_open_webui", "test_program"),
+    *("test_fuzz", "test_chat_parameters", "test_client_faults", "test_api", "test_bootstrap", "test_media"),
+    *("test_soak", "test_kill", "test_openapi", "test_clients", "test_monitoring", "test_housekeeping"),
+    *("test_browser", "test_bridge_fuzz", "test_config", "test_docs", "test_uploads", "test_images"),
 )
 
 # What starts a browser, or what a person would use in one, without the fixture of that name.

@@ -239,7 +239,9 @@ class Rig:
 
     async def fill(self) -> None:
         """Open the conversations of every model."""
-        assert (await self.bootstrap()).status_code == 202
+        before = len(self.event(lmarena_proxy.PhaseChanged))
+        assert self.program.bootstrap.start()
+        await until(lambda: len(self.event(lmarena_proxy.PhaseChanged)) > before)
         await until(lambda: self.program.bootstrap.phase == "done")
 
     async def chat(self, model: str, *messages: Any, **rest: Any) -> httpx.Response:
