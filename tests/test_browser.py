@@ -58,7 +58,7 @@ def everything(
     directory = tmp_path_factory.mktemp("program")
     write_models(directory, SIX_MODELS)
     config = write_config(directory, CONFIG)
-    browser = UserscriptBrowser(playwright, arena_process)
+    browser = UserscriptBrowser(playwright, arena_process, path=CHROMIUM)
     arena_process.reset(check=True, latency_seconds=0.2)
     with Terminal(directory, "--config", str(config)) as terminal:
         yield Everything(terminal, arena_process, browser.browser)

@@ -26,7 +26,7 @@ import pytest
 import trio
 from harness import CLAUDE, DEEPSEEK, EDIT, GPT, IMAGE, SEARCH, Rig, Terminal, model_id, start, write_config
 from playwright.sync_api import Browser, ConsoleMessage, Download, Locator, Page, Playwright, Route, expect
-from userscript_bridge import CHROMIUM, eventually
+from userscript_bridge import CHROMIUM, HEADLESS_SHELL, eventually
 
 from demo import contract
 from demo.arena import Failure, Switches
@@ -182,7 +182,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def browser(playwright: Playwright) -> Iterator[Browser]:
-    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+    browser = playwright.chromium.launch(executable_path=HEADLESS_SHELL, args=CHROMIUM_FLAGS)
     yield browser
     browser.close()
 

@@ -1159,7 +1159,8 @@ def test_a_browser_that_blocks_the_local_network_is_named(
     playwright: Playwright, arena: ArenaProcess, bridge: ScriptedBridge
 ) -> None:
     flag = f"--ip-address-space-overrides=127.0.0.1:{arena.port}=public"
-    public = UserscriptBrowser(playwright, arena, flag)  # another browser: flags hold for a whole one
+    # Another browser, as flags hold for a whole one.
+    public = UserscriptBrowser(playwright, arena, flag, path=CHROMIUM)
     try:
         with public.profile(bridge) as profile:
             page = profile.new_page()

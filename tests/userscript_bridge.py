@@ -35,6 +35,10 @@ from lmarena_proxy import VERSION
 ROOT = Path(__file__).resolve().parent.parent
 SITE = "https://lmarena.ai"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+# The same engine without windows, which nobody sees here and which are most of the work. Where it is not
+# installed, all of Chromium does. What the browser itself asks or forbids is only there in all of it.
+_SHELL = f"{CHROMIUM}-headless-shell"
+HEADLESS_SHELL = _SHELL if Path(_SHELL).exists() else CHROMIUM
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 CHROMIUM_FLAGS += ["--disable-background-networking", "--disable-component-update"]
 CREATE_PATH = "/nextjs-api/stream/create-evaluation"
@@ -279,12 +283,17 @@ class UserscriptBrowser:
     """Chromium for which lmarena.ai is the stand-in, and the script as a script manager would inject it."""
 
     def __init__(
-        self, playwright: Playwright, arena: ArenaProcess, *flags: str, port: int | None = None
+        self,
+        playwright: Playwright,
+        arena: ArenaProcess,
+        *flags: str,
+        path: str = HEADLESS_SHELL,
+        port: int | None = None,
     ) -> None:
         """`port`: where the arena is reached, if not at its own."""
         self.arena = arena
         self.browser: Browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
+            executable_path=path,
             args=[
                 f"--host-resolver-rules=MAP lmarena.ai:443 127.0.0.1:{port or arena.port}",
                 "--ignore-certificate-errors",
