@@ -8,6 +8,8 @@ import pytest
 from playwright.sync_api import Playwright, sync_playwright
 from userscript_bridge import ArenaProcess
 
+gc.disable()  # What the tests import stays; `pytest_collection_finish` has it looked at once.
+
 # The files that take longest begin first: else the last of them runs alone while the other workers are idle.
 LONGEST = (
     *("test_userscript", "test_dashboard", "test_browser_faults", "test_open_webui", "test_program"),
@@ -30,9 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is there now stays: the collector of cycles need not look at it over and over."""
+    """What is there now stays: the collector of cycles need not look at it again, only at what tests make."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

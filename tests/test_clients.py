@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import openai
 import pytest
@@ -32,12 +32,15 @@ from harness import (
     user,
     whole,
 )
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
-from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, SecretStr
 
 from demo import contract
 from demo.arena import Arena, Seen, Switches
+
+# LangChain takes a second to import: for the worker that runs its tests, not for each that finds them.
+if TYPE_CHECKING:
+    from langchain_core.messages import AIMessageChunk
+    from langchain_openai import ChatOpenAI
 
 CLIENTS = Path(__file__).parent / "clients"
 DEADLINE_SECONDS = 120
@@ -89,7 +92,9 @@ async def in_thread(call: Callable[[], Told]) -> Told:
         return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
 
 
-def langchain(rig: Rig, model: str, **rest: Any) -> ChatOpenAI:
+def langchain(rig: Rig, model: str, **rest: Any) -> "ChatOpenAI":
+    from langchain_openai import ChatOpenAI
+
     return ChatOpenAI(model=model, base_url=f"{rig.url}/v1", api_key=SecretStr("any"), timeout=60, **rest)
 
 
@@ -559,7 +564,7 @@ async def test_the_ai_sdk_makes_and_edits_pictures(nursery: trio.Nursery, tmp_pa
 # ── LangChain ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read(chunks: list[AIMessageChunk]) -> AIMessageChunk:
+def read(chunks: "list[AIMessageChunk]") -> "AIMessageChunk":
     """The chunks put together, as LangChain does it."""
     merged = chunks[0]
     for chunk in chunks[1:]:
@@ -568,11 +573,13 @@ def read(chunks: list[AIMessageChunk]) -> AIMessageChunk:
 
 
 async def test_langchain_reads_an_answer_whole_and_streamed(nursery: trio.Nursery, tmp_path: Path) -> None:
+    from langchain_core.messages import HumanMessage, SystemMessage
+
     rig = await start(nursery, tmp_path, models=(CLAUDE,), filled=True)
     model = langchain(rig, CLAUDE, temperature=0.2)
     messages = [SystemMessage("Be brief."), HumanMessage(TEXT)]
 
-    async def streamed() -> AIMessageChunk:
+    async def streamed() -> "AIMessageChunk":
         return read([chunk async for chunk in model.astream(messages, stream_usage=True)])
 
     answer = await in_thread(lambda: model.invoke(messages))
@@ -591,6 +598,8 @@ async def test_langchain_reads_an_answer_whole_and_streamed(nursery: trio.Nurser
 
 
 async def test_langchain_asks_for_several_choices(nursery: trio.Nursery, tmp_path: Path) -> None:
+    from langchain_core.messages import HumanMessage
+
     rig = await start(nursery, tmp_path, models=(CLAUDE,), filled=True)
     result = await in_thread(lambda: langchain(rig, CLAUDE, n=2).generate([[HumanMessage(TEXT)]]))
     [generations] = result.generations
@@ -617,6 +626,8 @@ async def test_langchain_gets_answers_cut_where_it_asked(nursery: trio.Nursery, 
 
 
 async def test_langchain_sends_images_in_both_of_its_forms(nursery: trio.Nursery, tmp_path: Path) -> None:
+    from langchain_core.messages import HumanMessage
+
     rig = await start(nursery, tmp_path, models=(GPT,), filled=True)
     text: dict[str, Any] = {"type": "text", "text": "Look"}
     forms: list[dict[str, Any]] = [
@@ -639,6 +650,8 @@ class City(BaseModel):
 async def test_langchain_may_offer_tools_and_tell_of_earlier_calls(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
+    from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+
     rig = await start(nursery, tmp_path, models=(CLAUDE,), filled=True)
     called = {"name": "weather", "args": {"city": "Paris"}, "id": "call_1", "type": "tool_call"}
     history = [
@@ -684,7 +697,7 @@ async def test_langchain_raises_when_a_stream_breaks_off_and_can_leave_one(
     with pytest.raises(openai.APIError, match=r"cut off.*req_"):
         await in_thread(lambda: [*langchain(rig, GPT).stream("Hello")])
 
-    async def broken() -> list[AIMessageChunk]:
+    async def broken() -> "list[AIMessageChunk]":
         return [chunk async for chunk in langchain(rig, GPT).astream("Hello")]
 
     with pytest.raises(openai.APIError, match=r"cut off.*req_"):
