@@ -712,18 +712,16 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": 200, "headers": head})
         troubled = self.arena.trouble_for(self.kind, model)
         lines, hang = compose(call, model, wanted, self.request.origin, troubled)
-        body = ""
         buffered = bytearray()
         for line in lines:
             if wanted.line_delay_seconds:
                 await trio.sleep(wanted.line_delay_seconds)
-            body += line
             buffered += line.encode()
             await self.send_chunks(buffered, wanted.chunk_bytes)
         await self.send_chunks(buffered, len(buffered))
         if hang:
             await trio.sleep_forever()
-        self.finish(outcome_of(body))
+        self.finish(outcome_of("".join(lines)))
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def send_chunks(self, buffered: bytearray, size: int) -> None:

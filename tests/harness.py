@@ -4,7 +4,9 @@
 process of its own whose terminal the test holds. Nothing here depends on speed: `until` polls patiently.
 """
 
+import ast
 import fcntl
+import functools
 import io
 import json
 import os
@@ -86,6 +88,12 @@ def write_models(directory: Path, names: Sequence[str] | None) -> None:
         shutil.copy(ROOT / "models.json", directory / "models.json")
     else:
         (directory / "models.json").write_text(json.dumps(pick_models(names)), encoding="utf-8")
+
+
+@functools.cache
+def syntax_tree() -> ast.Module:
+    """Of the program. It takes a moment: for those tests that look at it."""
+    return ast.parse((ROOT / "lmarena_proxy.py").read_text(encoding="utf-8"))
 
 
 def plain_client(url: str, timeout: float = 120.0) -> httpx.AsyncClient:

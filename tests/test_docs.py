@@ -37,7 +37,15 @@ CONTRIBUTING = (ROOT / "docs" / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PROGRAM = (ROOT / "lmarena_proxy.py").read_text(encoding="utf-8")
 USERSCRIPT = (ROOT / "bridge.user.js").read_text(encoding="utf-8")
 NOT_OURS = {"node_modules", ".venv", ".git", "vendor"}
-PAGES = sorted(path for path in ROOT.rglob("*.md") if not NOT_OURS & {*path.relative_to(ROOT).parts})
+
+
+def find_pages() -> Iterator[Path]:
+    for directory, names, files in os.walk(ROOT):
+        names[:] = {*names} - NOT_OURS  # where the walk goes on
+        yield from (Path(directory, file) for file in files if file.endswith(".md"))
+
+
+PAGES = sorted(find_pages())
 CLIENT_PAGES = sorted((ROOT / "docs" / "clients").glob("*.md"))
 BASE_URL = "http://127.0.0.1:9080"
 EXAMPLE_SECONDS = 120

@@ -1,7 +1,6 @@
 """Messages for the person: English, and each with a twin in Chinese."""
 
 import ast
-import inspect
 import logging
 import re
 from collections.abc import Iterator
@@ -9,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from harness import SIX_MODELS, Terminal, sit_down, write_config, write_models
+from harness import SIX_MODELS, Terminal, sit_down, syntax_tree, write_config, write_models
 
-import lmarena_proxy
 from lmarena_proxy import (
     CHINESE,
     OBSTACLES,
@@ -29,7 +27,6 @@ from lmarena_proxy import (
     parse_arguments,
 )
 
-TREE = ast.parse(inspect.getsource(lmarena_proxy))
 PLACE = re.compile(r"\{\w*(?::[^}]*)?\}|%(?:\.\d+)?[sdrg]")
 HAN = re.compile(r"[\u4e00-\u9fff]")
 
@@ -54,7 +51,9 @@ def texts(node: ast.expr) -> Iterator[str]:
 
 def said() -> Iterator[str]:
     """What the program says to the person, wherever it does."""
-    functions = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [
+        node for node in ast.walk(syntax_tree()) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
     for function in functions:
         assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
         named = {ast.unparse(node.targets[0]): node.value for node in assigned}
@@ -95,13 +94,13 @@ def test_every_message_has_a_twin() -> None:
 def test_no_twin_is_left_over_from_a_message_that_is_gone() -> None:
     table = next(
         node
-        for node in TREE.body
+        for node in syntax_tree().body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CHINESE"
     )
     inside = {id(node) for node in ast.walk(table)}
     there = {
         text
-        for node in ast.walk(TREE)
+        for node in ast.walk(syntax_tree())
         if isinstance(node, ast.Constant | ast.JoinedStr) and id(node) not in inside
         for text in texts(node)
     }

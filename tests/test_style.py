@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import syntax_tree
 
 from lmarena_proxy import VERSION
 
 ROOT = Path(__file__).parent.parent
 SOURCE = (ROOT / "lmarena_proxy.py").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "bridge.user.js").read_text(encoding="utf-8")
-TREE = ast.parse(SOURCE)
 
 MAX_FUNCTION_LINES, MAX_CLASS_LINES = 50, 200
 # Classes that are longer than they should be, and how long they were when that was accepted. Only downward.
@@ -24,7 +24,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def functions() -> Iterator[Function]:
-    return (node for node in ast.walk(TREE) if isinstance(node, Function))
+    return (node for node in ast.walk(syntax_tree()) if isinstance(node, Function))
 
 
 def lines_of(node: ast.stmt) -> int:
@@ -57,7 +57,7 @@ def is_main_guard(statement: ast.stmt) -> bool:
 
 def test_banners_are_the_list_in_the_docstring() -> None:
     banners = re.findall(r"^# ={60,}\n# (.+)\n# ={60,}$", SOURCE, re.MULTILINE)
-    docstring = ast.get_docstring(TREE, clean=False) or ""
+    docstring = ast.get_docstring(syntax_tree(), clean=False) or ""
     listed = docstring.partition("Its sections:")[2].split("\n")
     assert banners == [line.strip() for line in listed if line.strip()]
 
@@ -70,12 +70,12 @@ def test_banners_have_one_form() -> None:
 
 def test_a_definition_is_used_only_below_itself() -> None:
     defined: dict[str, int] = {}
-    for index, statement in enumerate(TREE.body):
+    for index, statement in enumerate(syntax_tree().body):
         for name in names_bound(statement):
             defined.setdefault(name, index)
     upward = [
-        f"line {statement.lineno}: {name} is defined at line {TREE.body[defined[name]].lineno}"
-        for index, statement in enumerate(TREE.body)
+        f"line {statement.lineno}: {name} is defined at line {syntax_tree().body[defined[name]].lineno}"
+        for index, statement in enumerate(syntax_tree().body)
         if not is_main_guard(statement)
         for name in sorted({*names_used(symtable.symtable(ast.unparse(statement), "statement", "exec"))})
         if defined.get(name, -1) > index
@@ -84,10 +84,10 @@ def test_a_definition_is_used_only_below_itself() -> None:
 
 
 def test_the_main_guard_comes_last_but_for_the_two_before_the_imports() -> None:
-    guards = [index for index, statement in enumerate(TREE.body) if is_main_guard(statement)]
-    assert guards == [guards[0], guards[0] + 1, len(TREE.body) - 1]
+    guards = [index for index, statement in enumerate(syntax_tree().body) if is_main_guard(statement)]
+    assert guards == [guards[0], guards[0] + 1, len(syntax_tree().body) - 1]
     # What comes before may be nothing that an older Python, or one without the libraries, lacks.
-    above = [ast.unparse(statement) for statement in TREE.body[1 : guards[0]]]
+    above = [ast.unparse(statement) for statement in syntax_tree().body[1 : guards[0]]]
     assert above == ["import os", "import sys", "from importlib.util import find_spec"]
 
 
@@ -97,7 +97,7 @@ def test_no_function_is_longer_than_fifty_lines() -> None:
 
 
 def test_long_classes_are_known_and_do_not_grow() -> None:
-    classes = [node for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.walk(syntax_tree()) if isinstance(node, ast.ClassDef)]
     over = {
         node.name: lines_of(node)
         for node in classes
@@ -109,7 +109,7 @@ def test_long_classes_are_known_and_do_not_grow() -> None:
 
 def test_no_except_swallows_a_cancellation() -> None:
     swallowing = []
-    for handler in (node for node in ast.walk(TREE) if isinstance(node, ast.ExceptHandler)):
+    for handler in (node for node in ast.walk(syntax_tree()) if isinstance(node, ast.ExceptHandler)):
         caught = (
             {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)}
             if handler.type
