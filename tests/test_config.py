@@ -312,7 +312,7 @@ KEYS = st.sampled_from([setting.partition(".")[2] for setting in SETTINGS]) | st
 
 
 @given(st.dictionaries(NAMES, VALUES | st.dictionaries(KEYS, VALUES, max_size=4), max_size=4))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_tables_are_a_configuration_or_a_clear_refusal(tables: dict[str, Any]) -> None:
     try_out(lambda: parse_config(tables))
 
@@ -335,7 +335,7 @@ def settings_of_the_right_kind(draw: st.DrawFn) -> tuple[str, Any]:
 
 
 @given(settings_of_the_right_kind())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_value_of_a_setting_is_taken_or_named(setting: tuple[str, Any]) -> None:
     (table, _, key), value = setting[0].partition("."), setting[1]
     if config := try_out(lambda: parse_config({table: {key: value}})):

@@ -185,7 +185,7 @@ def compare(frames: list[bytes], cuts: list[int], *, settles: bool) -> list[str 
     return heard
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(streams, st.lists(st.integers(0, 1 << 19), max_size=20), st.booleans())
 def test_messages_cut_anywhere_are_heard_as_the_library_hears_them(
     frames: list[bytes], cuts: list[int], settles: bool
@@ -193,7 +193,7 @@ def test_messages_cut_anywhere_are_heard_as_the_library_hears_them(
     compare(frames, cuts, settles=settles)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(streams, broken, streams, st.lists(st.integers(0, 1 << 12), max_size=8), st.booleans())
 def test_what_breaks_the_protocol_ends_it_as_the_library_ends_it(
     before: list[bytes], bad: bytes, after: list[bytes], cuts: list[int], settles: bool
