@@ -227,7 +227,9 @@ class Rig:
         return self.program.pool.of(model_id(name))
 
     async def connect(self, *, ready: bool = True) -> None:
-        """Open the tab; `ready` also passes the check and accepts the terms, if they are due."""
+        """Open the tab; `ready`: of a person who accepted the terms before and passes the check, if due."""
+        if ready:
+            await self.twin.http.post("/nextjs-api/sign-up", content="{}")
         await self.nursery.start(self.twin.run)
         if ready:
             await self.make_ready()
