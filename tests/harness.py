@@ -96,9 +96,9 @@ def syntax_tree() -> ast.Module:
     return ast.parse((ROOT / "lmarena_proxy.py").read_text(encoding="utf-8"))
 
 
-def plain_client(url: str, timeout: float = 120.0) -> httpx.AsyncClient:
+def plain_client(url: str) -> httpx.AsyncClient:
     """For a program on this machine: what is not spoken, TLS, needs none of the world's certificates read."""
-    return httpx.AsyncClient(base_url=url, timeout=timeout, verify=False, trust_env=False)
+    return httpx.AsyncClient(base_url=url, timeout=120, verify=False, trust_env=False)
 
 
 def user(text: str) -> dict[str, str]:
