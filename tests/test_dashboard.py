@@ -769,6 +769,7 @@ def test_snippets_are_for_the_chosen_model_and_those_for_the_shell_run(board: Bo
 
 def test_python_s_snippets_run(board: Board, stage: Stage) -> None:
     board.open("connect")
+    expect(board.page.get_by_role("combobox")).not_to_have_value("")
     for name in ("openai (Python)", "LangChain"):
         board.page.get_by_role("tab", name=name).click()
         snippet = board.page.get_by_role("tabpanel").locator("pre").inner_text()
@@ -813,6 +814,21 @@ def test_the_box_to_try_streams_over_several_turns_and_stops(board: Board, stage
     board.page.reload()
     expect(log).to_be_visible()
     expect(log.locator("li")).to_have_count(0)
+
+
+def test_no_model_can_be_named_before_the_list_has_come(board: Board) -> None:
+    held: list[Route] = []
+    board.context.route("**/v1/models", lambda route: held.append(route))
+    board.open("connect")
+    picker = board.page.get_by_role("combobox")
+    expect(picker).to_be_disabled()
+    eventually(lambda: board.page.evaluate("performance.now()") and held, "the list is asked for")
+    board.context.route("**/v1/models", lambda route: route.continue_())
+    for route in held:
+        route.continue_()
+    picker.fill(IMAGE)
+    picker.press("Enter")
+    expect(picker).to_have_value(IMAGE)
 
 
 def test_the_box_shows_pictures_and_errors_with_the_request_id(board: Board, stage: Stage) -> None:

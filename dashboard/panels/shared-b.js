@@ -316,7 +316,8 @@ export const CopyTextButton = ({ label, text, small = false, kind = "default" })
 
 /**
  * @typedef {{id: string, modality?: string, requires_image?: boolean}} Choice
- * A box to find one model in by typing (the combobox pattern: arrows, Enter, Escape).
+ * A box to find one model in by typing (the combobox pattern: arrows, Enter, Escape). It waits for the list: what is
+ * typed before would choose nothing, and the question would go to another model than the one that was named.
  * @param {{label: string, models: Choice[], value: string, onChange: (name: string) => void}} props
  */
 export function ModelPicker({ label, models, value, onChange }) {
@@ -354,7 +355,7 @@ export function ModelPicker({ label, models, value, onChange }) {
   };
   return html`<div class="field b-picker">
     <label for=${id}>${label}</label>
-    <input id=${id} type="text" role="combobox" autocomplete="off" spellcheck=${false}
+    <input id=${id} type="text" role="combobox" autocomplete="off" spellcheck=${false} disabled=${!models.length}
       aria-autocomplete="list" aria-expanded=${String(isOpen)} aria-controls=${`${id}-list`}
       aria-activedescendant=${isOpen && found[active] ? `${id}-${active}` : undefined}
       placeholder=${isOpen ? value : t("b.picker.placeholder")} value=${text ?? value}
