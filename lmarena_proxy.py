@@ -6419,8 +6419,43 @@ def _date_header(now: int) -> bytes:
     return b"date: " + email.utils.formatdate(now, usegmt=True).encode()
 
 
+def hang_up(connection: trio.socket.SocketType) -> None:
+    """End a connection in both directions: whoever reads or writes there is told."""
+    with suppress(OSError):
+        connection.shutdown(trio.socket.SHUT_RDWR)
+
+
+class ClientStream:
+    """A client's connection, closed on a client that does not take what it asked for.
+
+    Who writes to it is shielded: half a piece would spoil what follows. So each write has an end of its own.
+    """
+
+    # Its place in the state of each request's scope.
+    STATE_KEY = "lmarena_proxy.stream"
+
+    def __init__(self, stream: trio.SocketStream, write_patience_seconds: float = math.inf) -> None:
+        """`write_patience_seconds`: how long a client may take for `WRITE_BYTES`."""
+        self.socket, self._write_patience_seconds = stream.socket, write_patience_seconds
+        self.receive_some, self.send_eof, self.aclose = stream.receive_some, stream.send_eof, stream.aclose
+        self._send_all = stream.send_all
+        # Whether the client takes nothing any more.
+        self.is_broken = False
+
+    async def send_all(self, data: bytes) -> None:
+        """Raises `trio.BrokenResourceError` where not all of it can be sent, or not in time."""
+        for at in range(0, len(data), WRITE_BYTES):
+            try:
+                with trio.fail_after(self._write_patience_seconds):
+                    await self._send_all(data[at : at + WRITE_BYTES])
+            except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                self.is_broken = True
+                hang_up(self.socket)
+                raise trio.BrokenResourceError("The client takes nothing any more.") from error
+
+
 @functools.cache
-def _hypercorn_connection() -> Callable[[ASGIApp, trio.SocketStream, bytes], Awaitable[None]]:
+def _hypercorn_connection() -> Callable[[ASGIApp, ClientStream, bytes], Awaitable[None]]:
     """What makes Hypercorn's connections: of an application, a stream, and what was read of it before."""
     from hypercorn.app_wrappers import ASGIWrapper
     from hypercorn.config import Config as HypercornConfig
@@ -6439,7 +6474,8 @@ def _hypercorn_connection() -> Callable[[ASGIApp, trio.SocketStream, bytes], Awa
 
     class Connection(TCPServer):
         def __init__(self, app: Any, stream: Any, data: bytes) -> None:
-            super().__init__(ASGIWrapper(app), settings, WorkerContext(None), ConnectionState({}), stream)
+            state = ConnectionState({ClientStream.STATE_KEY: stream})
+            super().__init__(ASGIWrapper(app), settings, WorkerContext(None), state, stream)
             self._data = data
 
         async def _read_data(self) -> None:
@@ -6451,7 +6487,7 @@ def _hypercorn_connection() -> Callable[[ASGIApp, trio.SocketStream, bytes], Awa
     return Connection
 
 
-async def serve_by_hypercorn(app: ASGIApp, stream: trio.SocketStream, data: bytes) -> None:
+async def serve_by_hypercorn(app: ASGIApp, stream: ClientStream, data: bytes) -> None:
     """Serve a connection from a request on that is not plain; `data` was read of it."""
     await load("hypercorn.trio.tcp_server")
     await _hypercorn_connection()(app, stream, data)
@@ -6468,11 +6504,8 @@ class HttpConnection:
     # Its place in the state of each request's scope.
     STATE_KEY = "lmarena_proxy.connection"
 
-    def __init__(
-        self, app: ASGIApp, stream: trio.SocketStream, write_patience_seconds: float = math.inf
-    ) -> None:
-        """`write_patience_seconds`: how long a client may take for `WRITE_BYTES`."""
-        self._app, self._stream, self._write_patience_seconds = app, stream, write_patience_seconds
+    def __init__(self, app: ASGIApp, stream: ClientStream) -> None:
+        self._app, self._stream = app, stream
         # Trio's socket tells nobody of the one within, which can send without a task switch.
         own = stream.socket
         self._socket = socket.socket(own.family, own.type, own.proto, fileno=own.fileno())
@@ -6484,8 +6517,6 @@ class HttpConnection:
         # What goes out together with what follows it, in one packet.
         self._held = b""
         self._has_started = self._has_ended = self._is_chunked = self._is_last = False
-        # Whether the client takes nothing any more.
-        self.is_broken = False
 
     async def serve(self) -> None:
         """Answer requests until one side has enough."""
@@ -6510,7 +6541,7 @@ class HttpConnection:
                 return
             scope, self._unread, self._buffer = head
             self._has_body = self._has_started = self._has_ended = False
-            scope |= {"client": client, "state": {self.STATE_KEY: self}}
+            scope |= {"client": client, "state": {self.STATE_KEY: self, ClientStream.STATE_KEY: self._stream}}
             await self._answer(scope)
 
     async def _answer(self, scope: Any) -> None:
@@ -6610,7 +6641,7 @@ class HttpConnection:
         self._held += data
 
     async def write(self, data: bytes) -> None:
-        """Send all of it, or set `is_broken`. It cannot be cancelled: half a piece would spoil what follows.
+        """Send all of it; it cannot be cancelled, as half a piece would spoil what follows.
 
         A client that takes too long is one that has left: `receive` tells of it.
         """
@@ -6620,18 +6651,10 @@ class HttpConnection:
             # Shielded from before the lock on: what was taken out of `_held` must not be lost.
             with trio.CancelScope(shield=True):
                 async with self._writing:
-                    await self._write_parts(data)
-
-    async def _write_parts(self, data: bytes) -> None:
-        for at in range(0, len(data), WRITE_BYTES):
-            try:
-                with trio.fail_after(self._write_patience_seconds):
-                    await self._stream.send_all(data[at : at + WRITE_BYTES])
-            except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
-                self._is_last = self.is_broken = True
-                with suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
-                return
+                    try:
+                        await self._stream.send_all(data)
+                    except trio.BrokenResourceError:
+                        self._is_last = True
 
 
 class HttpRequest:
@@ -6649,8 +6672,10 @@ class HttpRequest:
         self.has_ended = False
         self._receive, self._send = receive, send
         self._has_whole_body = False
+        state = scope.get("state", {})
+        self._stream: ClientStream | None = state.get(ClientStream.STATE_KEY)
         # Where a streamed body is written to; None where that is Hypercorn's business.
-        self._connection: HttpConnection | None = scope.get("state", {}).get(HttpConnection.STATE_KEY)
+        self._connection: HttpConnection | None = state.get(HttpConnection.STATE_KEY)
         # Sent with every response to this request, whoever renders it.
         self.extra_headers: dict[str, str] = {"x-request-id": self.id}
 
@@ -6708,7 +6733,7 @@ class HttpRequest:
     @property
     def is_broken(self) -> bool:
         """Whether it is known that not all that was written arrives."""
-        return self._connection is not None and self._connection.is_broken
+        return self._stream is not None and self._stream.is_broken
 
     @property
     def is_direct(self) -> bool:
@@ -7430,7 +7455,7 @@ class HttpListener:
         self._app, self._limit = app, config.limits.connections
         self._host, self._port = config.server.host, config.server.port
         self._write_patience_seconds = config.requests.idle_timeout_seconds
-        self._connections = 0
+        self._open: set[trio.SocketStream] = set()
 
     async def serve(self, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen; `started` with the URL. Raises OSError when the port cannot be had."""
@@ -7440,6 +7465,11 @@ class HttpListener:
                 nursery.start_soon(self._listen, listener, nursery)
             host, port = listeners[0].socket.getsockname()[:2]
             task_status.started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            try:
+                await trio.sleep_forever()
+            finally:  # What is being written is shielded.
+                for stream in self._open:
+                    hang_up(stream.socket)
 
     async def _listen(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
         """Accept connections; as `trio.serve_listeners`, but that ends each of them by a cancellation."""
@@ -7457,17 +7487,17 @@ class HttpListener:
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         """One connection."""
-        self._connections += 1
+        self._open.add(stream)
         try:
-            if self._connections > self._limit:
+            if len(self._open) > self._limit:
                 await self._refuse(stream)
             else:
-                await HttpConnection(self._app, stream, self._write_patience_seconds).serve()
+                await HttpConnection(self._app, ClientStream(stream, self._write_patience_seconds)).serve()
         except Exception as error:
             # What the protocol's libraries do not expect of a client's bytes ends that client's connection.
             log.warning("A client's connection broke: %r", next(leaves(error)))
         finally:
-            self._connections -= 1
+            self._open.remove(stream)
             stream.socket.close()
 
     async def _refuse(self, stream: trio.SocketStream) -> None:
@@ -8251,7 +8281,7 @@ class Program:
             self.console.say(
                 f"Shutting down; running answers get {grace_seconds:g} s. Ctrl-C again ends at once."
             )
-            # Hypercorn shields its writes: a client that reads nothing could hold the process up for ever.
+            # A thread may hang in a disk or a name server, and nothing ends a thread.
             last_resort = threading.Timer(grace_seconds + 5, os._exit, [EXIT_OK])
             last_resort.daemon = True
             last_resort.start()

@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -61,11 +61,11 @@ class Client:
     def head(self, method: str, path: str, *headers: str) -> bytes:
         return "\r\n".join([f"{method} {path} HTTP/1.1", f"Host: {self.host}", *headers, "", ""]).encode()
 
-    def chat(self, model: str, *messages: Any, **rest: Any) -> bytes:
+    def chat(self, model: str, *messages: Any, headers: Sequence[str] = (), **rest: Any) -> bytes:
         """A whole request, as it goes over the wire."""
         body = json.dumps(request_body(model, *messages, **rest)).encode()
-        headers = "Content-Type: application/json", f"Content-Length: {len(body)}"
-        return self.head("POST", CHAT, *headers) + body
+        usual = "Content-Type: application/json", f"Content-Length: {len(body)}"
+        return self.head("POST", CHAT, *usual, *headers) + body
 
     async def ask(self, model: str, *messages: Any, **rest: Any) -> httpx.Response:
         await self.stream.send_all(self.chat(model, *messages, **rest))
@@ -125,6 +125,10 @@ def text_of(response: httpx.Response) -> str:
     stream = Stream(response.text)
     assert (stream.errors, stream.finish_reasons, stream.has_done) == ([], ["stop"], True), response.text
     return stream.text
+
+
+# Headers of a request that the program reads itself, and of one that it leaves to Hypercorn.
+WAYS: tuple[tuple[str, ...], ...] = (), ("Connection: close",)
 
 
 @contextlib.asynccontextmanager
@@ -287,8 +291,14 @@ async def test_a_whole_answer_that_nobody_reads_holds_no_conversation(
 
 @pytest.mark.parametrize("is_stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("count", [8, 120], ids=["all in the outbox", "more than that"])
+@pytest.mark.parametrize("headers", WAYS, ids=["plain", "Hypercorn"])
 async def test_a_client_that_reads_nothing_for_too_long_has_left(
-    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool, count: int
+    nursery: trio.Nursery,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: Sequence[str],
+    is_stream: bool,
+    count: int,
 ) -> None:
     # What systems take beside what is asked of them would be megabytes.
     monkeypatch.setattr(lmarena_proxy.StreamedReply, "OUTBOX_LIMIT_BYTES", 1 << 24)
@@ -296,7 +306,7 @@ async def test_a_client_that_reads_nothing_for_too_long_has_left(
     switches = Switches(answers={"*": ["x" * 100_000] * count})
     rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, switches=switches)
     async with connection(rig.url, 2048) as client:
-        await client.stream.send_all(client.chat(CLAUDE, stream=is_stream))
+        await client.stream.send_all(client.chat(CLAUDE, stream=is_stream, headers=headers))
         await until(lambda: rig.event(RequestEnded), 20)
         await settled(rig)
         assert [event.status for event in rig.event(RequestEnded)] == [499]
@@ -744,3 +754,22 @@ async def test_a_busy_shutdown_lets_finish_what_can_and_tells_the_others(
     assert rig.program.pool.violations() == []
     with pytest.raises(OSError):
         await trio.open_tcp_stream("127.0.0.1", urlsplit(rig.url).port or 0)
+
+
+async def test_clients_that_do_not_read_do_not_hold_up_a_shutdown(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables: Tables = {"server": {"shutdown_grace_seconds": 0.2}, "requests": {"idle_timeout_seconds": 600}}
+    switches = Switches(answers={"*": ["x" * 100_000] * 120})
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, switches=switches, filled=True)
+    (program,) = [task for task in nursery.child_tasks if task.name.endswith("Program.run")]
+    async with contextlib.AsyncExitStack() as clients:
+        for headers in WAYS:
+            for is_stream in (True, False):
+                client = await clients.enter_async_context(connection(rig.url, 2048))
+                request = client.chat(CLAUDE, stream=is_stream, headers=headers)
+                await client.stream.send_all(request)
+        await until(lambda: sum(seen.sent_bytes > 4_000_000 for seen in rig.calls) == 4)
+        await rig.program.stop()
+        await until(lambda: program not in nursery.child_tasks)
+    assert len(rig.event(RequestEnded)) == 4

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lmarena_proxy import (
+    ClientStream,
     Config,
     HttpConnection,
     HttpListener,
@@ -45,11 +46,11 @@ async def application(scope: Any, receive: Any, send: Any) -> None:
 
 
 async def serve_plain(stream: trio.SocketStream) -> None:
-    await HttpConnection(application, stream).serve()
+    await HttpConnection(application, ClientStream(stream)).serve()
 
 
 async def serve_all_by_hypercorn(stream: trio.SocketStream) -> None:
-    await serve_by_hypercorn(application, stream, b"")
+    await serve_by_hypercorn(application, ClientStream(stream), b"")
 
 
 def read_answers(data: bytes, methods: list[str]) -> list[Event]:
@@ -223,7 +224,7 @@ async def test_a_client_that_leaves_before_its_answer_is_told_nothing() -> None:
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         client = await trio.open_tcp_stream(*listener.socket.getsockname()[:2])
         async with listener, client, trio.open_nursery() as nursery:
-            nursery.start_soon(HttpConnection(waits, await listener.accept()).serve)
+            nursery.start_soon(HttpConnection(waits, ClientStream(await listener.accept())).serve)
             await client.send_all(streamed([1]))
             await client.send_eof()
             assert await client.receive_some() == b""
