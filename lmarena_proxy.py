@@ -7388,7 +7388,8 @@ class Answers:
 class Admission:
     """Who may call: the host that was asked for, the key, the origin."""
 
-    GUARDED = ("/v1", "/api", "/metrics")
+    # What asks for no key: nothing of it tells of conversations, and kept media are found by their hash only.
+    OPEN = re.compile(r"/|/(dashboard|media)/.*|/(health|ready|openapi\.json|bridge\.user\.js)", re.DOTALL)
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -7408,7 +7409,7 @@ class Admission:
             }
         elif origin is not None and origin.partition("://")[2] != host and self._needs_no_preflight(http):
             raise ClientError(f"Calls from {origin} are not allowed.", status=403, code="origin_not_allowed")
-        if http.method != "OPTIONS" and http.path.startswith(self.GUARDED):
+        if http.method != "OPTIONS" and not self.OPEN.fullmatch(http.path):
             self._check_key(http.headers.get("authorization", ""))
 
     def _needs_no_preflight(self, http: HttpRequest) -> bool:
@@ -8103,6 +8104,8 @@ class Api:
     async def _route(self, http: HttpRequest, scope: Any) -> None:
         if not http.path.startswith("/"):
             raise ClientError(f"Expected a path, but got {http.path[:200]!r}.")
+        # Quart's router does so too; a base URL that ends in a slash brings two.
+        http.path = scope["path"] = "/" + http.path.lstrip("/")
         self._admission.check(http)
         if http.method == "OPTIONS":
             await http.respond(204, b"", self._admission.preflight(http))

@@ -784,6 +784,39 @@ async def test_the_key_guards_what_costs_and_tells_nothing_else(
     assert (await rig.http.get("/v1/models", headers=headers)).status_code == 200
 
 
+async def test_no_other_spelling_of_a_path_goes_round_the_key(nursery: trio.Nursery, tmp_path: Path) -> None:
+    rig = await start(nursery, tmp_path, tables={"server": {"api_key": "sk-geheim"}}, connected=False)
+    is_open = re.compile("/|/health|/ready|/bridge.user.js|/openapi.json|/dashboard/.*|/media/.*")
+    operations = (await rig.http.get("/openapi.json")).json()["paths"]
+    guarded = [
+        (path, method) for path in operations if not is_open.fullmatch(path) for method in operations[path]
+    ]
+    assert len(guarded) > 15
+    for path, method in [*guarded, ("/v1", "get"), ("/api/", "get"), ("/nothing", "get")]:
+        for spelling in (
+            "{}",
+            "/{}",
+            "//{}",
+            "/%2f{}",
+            "/%2F%2f/{}",
+            "/.{}",
+            "/;{}",
+            "/dashboard/..{}",
+            "/%5c{}",
+        ):
+            url = httpx.URL(rig.url).copy_with(raw_path=spelling.format(path).encode())
+            response = await rig.http.request(method, url)
+            assert response.status_code in (401, 404), (method, url)
+            assert response.status_code == 401 or "dashboard/.." in spelling
+
+
+async def test_a_base_url_that_ends_in_slashes_is_understood(nursery: trio.Nursery, tmp_path: Path) -> None:
+    rig = await start(nursery, tmp_path)
+    whole(await rig.http.post(f"{rig.url}//v1/chat/completions", json=request_body(CLAUDE)))
+    models = await rig.http.get(f"{rig.url}//v1/models/{CLAUDE}")
+    assert models.json()["id"] == CLAUDE
+
+
 async def test_a_body_that_is_too_large_is_refused(nursery: trio.Nursery, tmp_path: Path) -> None:
     rig = await start(nursery, tmp_path, tables={"server": {"max_body_mb": 1}}, connected=False)
     check_error(await rig.chat(CLAUDE, "x" * (1 << 20)), 413, "request_too_large")
