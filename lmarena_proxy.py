@@ -4134,11 +4134,12 @@ class RateLimitGate:
     # How far back the pace is looked for.
     MEASURED_SECONDS = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, changed: trio.lowlevel.ParkingLot) -> None:
+        """`changed`: where those wait who want to go through it, or through another."""
         self._opens_at = self._next_at = -math.inf
         self._refusals = 0
         self._probe: Lease | None = None
-        self._changed = trio.Event()
+        self._changed = changed
         self._starts: deque[float] = deque(maxlen=500)
         self.pace = math.inf
 
@@ -4167,14 +4168,14 @@ class RateLimitGate:
         """The exchange is over, however it ended: a probe without a result makes place for the next."""
         if self._probe is lease:
             self._probe = None
-            self._notify()
+            self._changed.unpark_all()
 
     def accept(self, lease: Lease) -> None:
         """The site took a request. Only the probe's opens the gate: others were sent before it closed."""
         self.pace = self.pace * 1.1 if self.pace * 1.1 < self.FREE else math.inf
         if self._probe is lease:
             self._refusals = 0
-            self._notify()
+            self._changed.unpark_all()
 
     def refuse(self, retry_after_seconds: float | None) -> float:
         """The site answered 429. Returns for how many seconds the gate is closed now."""
@@ -4185,7 +4186,7 @@ class RateLimitGate:
         # "At once" is taken for a second: a site that refuses has not meant a tight loop.
         seconds = doubled if retry_after_seconds is None else max(1.0, retry_after_seconds)
         self._opens_at = max(self._opens_at, trio.current_time() + seconds)
-        self._notify()
+        self._changed.unpark_all()
         return self.seconds
 
     def _slow_down(self) -> None:
@@ -4200,16 +4201,6 @@ class RateLimitGate:
             "seconds": 0 if self.is_open else math.ceil(self.seconds),
             "pace": None if self.pace == math.inf else round(self.pace, 1),
         }
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def wait(self) -> None:
-        """Wait until it is open, or may be."""
-        while not self.is_open:
-            with trio.move_on_after(self.seconds or math.inf):
-                await self._changed.wait()
 
 
 class Obstacle(msgspec.Struct, frozen=True):
@@ -4262,8 +4253,9 @@ class Bridges:
     def __init__(self, config: Config, bus: EventBus, pool: SessionPool) -> None:
         self._config, self._bus, self._pool = config, bus, pool
         self._bridges: dict[int, Bridge] = {}
-        self._gates: defaultdict[str, RateLimitGate] = defaultdict(RateLimitGate)
-        self._changed = trio.Event()
+        # Where those wait whom a change of any tab or gate concerns.
+        self._changed = trio.lowlevel.ParkingLot()
+        self._gates = defaultdict[str, RateLimitGate](lambda: RateLimitGate(self._changed))
         # Where reloads wait for their minute; the listener's.
         self.nursery: trio.Nursery | None = None
         self._missing_since = trio.current_time()
@@ -4315,8 +4307,7 @@ class Bridges:
 
     def _notify(self) -> None:
         self._pool.set_accounts(self.accounts())
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.unpark_all()
 
     def accounts(self) -> set[str]:
         """The accounts that have a ready tab."""
@@ -4357,12 +4348,13 @@ class Bridges:
             elif obstacle is not MISSING and not self._bridges:
                 deadline = min(deadline, self._at_check_until)
             with trio.move_on_at(deadline) as patience:
-                await self._changed.wait()
+                await self._changed.park()
             if patience.cancelled_caught and self.obstacle() is obstacle:
                 raise obstacle.error()
 
     async def wait_changed(self) -> None:
-        await self._changed.wait()
+        """Wait until anything is different at a tab or a gate."""
+        await self._changed.park()
 
     def note_challenge(self, bridge: Bridge) -> None:
         """The site wants its check: loading the page lets it run; passing it is the person's business."""
@@ -4603,6 +4595,7 @@ class BridgeListener:
 class Limits(msgspec.Struct, frozen=True):
     """How long one answer may take, part by part, and how often the site may fail. Infinity is no limit."""
 
+    # For a conversation, and again for the site's limit; the other is for one pause that the site asks for.
     queue_seconds: float
     rate_limit_seconds: float
     first_byte_seconds: float
@@ -4714,16 +4707,24 @@ def _note_refusal(bridges: Bridges, bridge: Bridge, refusal: Refusal) -> None:
 
 
 async def _wait_gate(bridges: Bridges, accounts: Iterable[str], gives_up_at: float) -> None:
-    """Wait until the first of these accounts' gates is open, or may be. Raises ArenaError if that is late."""
-    gate = min((bridges.gate(account) for account in accounts), key=lambda each: each.seconds)
-    with trio.move_on_at(gives_up_at) as patience:
-        if trio.current_time() + gate.seconds <= gives_up_at:
-            await gate.wait()
+    """Wait until the gate of one of these accounts may be open, or any tab or gate is different.
+
+    Raises ArenaError where that is later than `gives_up_at`. It never returns at once: who asks in a loop
+    would spin.
+    """
+    gates = [bridges.gate(account) for account in accounts]
+    now, seconds = trio.current_time(), min(gate.seconds for gate in gates)
+    if now < gives_up_at and now + seconds <= gives_up_at:
+        # A gate whose time is over waits for its probe, which tells.
+        opens_at = now + min((gate.seconds for gate in gates if gate.seconds), default=math.inf)
+        with trio.move_on_at(min(opens_at, gives_up_at)):
+            await bridges.wait_changed()
+        if trio.current_time() < gives_up_at or any(gate.is_open for gate in gates):
             return
-    if patience.cancelled_caught or gate.seconds:
-        message = f"The site limits this account's requests; it takes more in {gate.seconds:.0f} s."
-        fields: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded", "arena_status": 429}
-        raise ArenaError(message, retry_after=gate.seconds, **fields)
+    seconds = max(1.0, min(gate.seconds for gate in gates))
+    message = f"The site limits this account's requests; it takes more in {seconds:.0f} s."
+    fields: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded", "arena_status": 429}
+    raise ArenaError(message, retry_after=seconds, **fields)
 
 
 def _failed_late(course: Literal["counts", "final"], message: str, reply: str = "") -> Setback:
@@ -5021,9 +5022,11 @@ class Uploader:
 
     async def _choose(self, lease: Lease, limits: Limits) -> Bridge:
         """Pick the bridge, once one may send. Raises NotUploaded when no ready one has a script that can."""
-        gives_up_at = trio.current_time() + limits.rate_limit_seconds
+        gives_up_at = math.inf
         while True:
-            await self._bridges.wait_ready(limits.person_wait_seconds)
+            if self._bridges.obstacle():
+                await self._bridges.wait_ready(limits.person_wait_seconds)
+                gives_up_at = math.inf
             ready = [each for each in self._bridges.ready(self._bridges.accounts()) if each.can_upload]
             if not ready:
                 raise NotUploaded("the userscript in the tab cannot upload larger ones: it has to be updated")
@@ -5033,7 +5036,9 @@ class Uploader:
                 if gate.is_open:
                     gate.enter(lease)
                     return bridge
-            await _wait_gate(self._bridges, accounts, gives_up_at)
+            now = trio.current_time()
+            gives_up_at = min(gives_up_at, now + limits.queue_seconds)
+            await _wait_gate(self._bridges, accounts, min(gives_up_at, now + limits.rate_limit_seconds))
 
     async def _attempt(self, bridge: Bridge, lease: Lease, image: Attachment) -> str:
         """One upload; returns the address. Raises Setback, or NotUploaded when it is not to be had."""
@@ -5149,10 +5154,12 @@ class Relay:
 
     async def _choose(self, lease: Lease, limits: Limits) -> Bridge:
         """Pick the bridge, and into the lease the session if there is one, whose account may send now."""
-        gives_up_at = trio.current_time() + limits.rate_limit_seconds
+        gives_up_at = math.inf
         while True:
             self._pool.give_back(lease)
-            await self._bridges.wait_ready(limits.person_wait_seconds)
+            if self._bridges.obstacle():
+                await self._bridges.wait_ready(limits.person_wait_seconds)
+                gives_up_at = math.inf  # The time of the tab and its person is not the site's.
             accounts = self._bridges.accounts()
             open_accounts = {account for account in accounts if self._bridges.gate(account).is_open}
             if open_accounts:
@@ -5163,7 +5170,9 @@ class Relay:
                     bridge = next(takers, bridge)
                 self._bridges.gate(bridge.account or "").enter(lease)
                 return bridge
-            await _wait_gate(self._bridges, accounts, gives_up_at)
+            now = trio.current_time()
+            gives_up_at = min(gives_up_at, now + limits.queue_seconds)
+            await _wait_gate(self._bridges, accounts, min(gives_up_at, now + limits.rate_limit_seconds))
 
 
 # ==========================================================================================================

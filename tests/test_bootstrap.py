@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import pytest
 import trio
 import trio.testing
@@ -21,6 +22,7 @@ from harness import (
     Held,
     Rig,
     Tables,
+    check_error,
     eventually,
     model_id,
     start,
@@ -400,6 +402,75 @@ async def test_requests_too_wait_at_the_rate_limit(nursery: trio.Nursery, tmp_pa
     assert trio.current_time() - started >= 0.9
     assert [seen.status for seen in rig.calls].count(200) == 4
     assert rig.program.answers.failed == 0
+
+
+async def test_a_tab_of_another_account_answers_those_that_wait_at_a_rate_limit(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), filled=True)
+    rig.arena.switch(rate_limit_after=0, rate_limit_times=4, retry_after=500)
+    async with trio.open_nursery() as clients:
+        for _ in range(4):
+            clients.start_soon(rig.chat, CLAUDE, "Hello")
+        await until(lambda: len(rig.calls) == 4)
+        await until(lambda: not rig.pool(CLAUDE).busy)
+        rig.arena.switch(rate_limit_after=None, rate_limit_times=None)
+        other = Twin(rig.arena_url, rig.program.api.bridge_url)
+        await other.http.post("/nextjs-api/sign-up", content="{}")
+        await nursery.start(other.run)
+    assert rig.program.answers.failed == 0
+    assert [seen.status for seen in rig.calls].count(200) == 4
+
+
+async def test_who_waits_at_a_rate_limit_is_told_of_a_tab_that_went(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    tables = {"bridge": {"reconnect_grace_seconds": 0.3}}
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), filled=True, tables=tables)
+    rig.arena.switch(rate_limit_after=0, retry_after=500)
+    replies: list[httpx.Response] = []
+
+    async def ask() -> None:
+        replies.append(await rig.chat(CLAUDE, "Hello"))
+
+    async with trio.open_nursery() as clients:
+        clients.start_soon(ask)
+        await until(lambda: rig.event(RateLimited))
+        rig.twin.bridge_url = "ws://127.0.0.1:1/"
+        rig.twin.leave_page()
+    check_error(replies[0], 503, "bridge_unavailable")
+
+
+async def test_without_patience_nobody_waits_for_the_probe(nursery: trio.Nursery, tmp_path: Path) -> None:
+    tables = {"requests": {"queue_timeout_seconds": 0}}
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), filled=True, tables=tables)
+    rig.arena.switch(rate_limit_after=0, rate_limit_times=1, retry_after=1)
+    check_error(await rig.chat(CLAUDE, "Hello"), 429, "rate_limit_exceeded")
+    [account] = rig.program.bridges.accounts()
+    gate = rig.program.bridges.gate(account)
+    rig.arena.switch(rate_limit_after=None, rate_limit_times=None, latency_seconds=600)
+    await until(lambda: gate.is_open)
+    async with trio.open_nursery() as clients:
+        clients.start_soon(rig.chat, CLAUDE, "the probe")
+        await until(lambda: len(rig.calls) == 2)
+        await until(lambda: gate.seconds == 0)
+        assert not gate.is_open
+        check_error(await rig.chat(CLAUDE, "Hello"), 429, "rate_limit_exceeded")
+        clients.cancel_scope.cancel()
+
+
+async def test_the_time_that_a_tab_is_away_is_not_the_sites(nursery: trio.Nursery, tmp_path: Path) -> None:
+    """Of the site's limit nothing but the pace is left when the tab goes for longer than a limit may last."""
+    tables: Tables = {"bootstrap": {"max_rate_limit_wait_seconds": 0.6}, "pool": {"sessions_per_model": 1}}
+    rig = await start(nursery, tmp_path, models=FOUR, tables=tables)
+    [bridge] = rig.program.bridges
+    rig.program.bridges.gate(bridge.account or "").pace = 3.0
+    await rig.bootstrap()
+    await until(lambda: len(rig.calls) == 1)
+    rig.program.bridges.note_state(bridge, "loading", bridge.account)
+    await trio.sleep(0.8)
+    rig.program.bridges.note_state(bridge, "ready", bridge.account)
+    assert (await phase(rig, "done"))["opened"] == 4
 
 
 async def test_answers_that_were_under_way_do_not_lift_a_rate_limit(

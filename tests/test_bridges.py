@@ -630,13 +630,23 @@ def a_lease(name: str = "r") -> Lease:
     return Lease(name, MODEL)
 
 
+def a_gate() -> RateLimitGate:
+    return RateLimitGate(trio.lowlevel.ParkingLot())
+
+
+async def opened(gate: RateLimitGate) -> None:
+    while not gate.is_open:
+        with trio.move_on_after(gate.seconds or math.inf):
+            await gate._changed.park()
+
+
 async def test_refusals_without_retry_after_double_from_five_seconds_to_five_minutes(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    gate, pauses = RateLimitGate(), []
+    gate, pauses = a_gate(), []
     for _ in range(9):
         started = trio.current_time()
-        await gate.wait()
+        await opened(gate)
         pauses.append(round(trio.current_time() - started, 6))
         lease = a_lease()
         gate.enter(lease)
@@ -646,7 +656,7 @@ async def test_refusals_without_retry_after_double_from_five_seconds_to_five_min
 
 
 async def test_a_success_ends_the_doubling(autojump_clock: trio.testing.MockClock) -> None:
-    gate = RateLimitGate()
+    gate = a_gate()
     for _ in range(3):
         gate.refuse(None)
         await trio.sleep(gate.seconds)
@@ -661,7 +671,7 @@ async def test_a_success_ends_the_doubling(autojump_clock: trio.testing.MockCloc
 
 
 async def test_retry_after_wins_over_the_doubling(autojump_clock: trio.testing.MockClock) -> None:
-    gate = RateLimitGate()
+    gate = a_gate()
     assert gate.refuse(42) == pytest.approx(42)
     assert repr(gate) == "<RateLimitGate: closed for 42.0 s>"
     await trio.sleep(42)
@@ -669,7 +679,7 @@ async def test_retry_after_wins_over_the_doubling(autojump_clock: trio.testing.M
 
 
 async def test_a_herd_of_refusals_counts_once(autojump_clock: trio.testing.MockClock) -> None:
-    gate = RateLimitGate()
+    gate = a_gate()
     for _ in range(8):
         await trio.sleep(0.1)
         gate.refuse(None)
@@ -680,14 +690,14 @@ async def test_a_herd_of_refusals_counts_once(autojump_clock: trio.testing.MockC
 async def test_a_later_refusal_of_the_herd_never_shortens_the_pause(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    gate = RateLimitGate()
+    gate = a_gate()
     gate.refuse(60)
     assert gate.refuse(1) == pytest.approx(60)
 
 
 async def test_a_retry_after_of_nothing_still_makes_a_pause(autojump_clock: trio.testing.MockClock) -> None:
     """Otherwise a request goes round in a circle without a pause: 429, free, 429, ..."""
-    gate = RateLimitGate()
+    gate = a_gate()
     assert gate.refuse(0) > 0
     assert not gate.is_open
 
@@ -695,11 +705,11 @@ async def test_a_retry_after_of_nothing_still_makes_a_pause(autojump_clock: trio
 async def test_after_the_pause_one_goes_first_and_the_others_when_the_site_took_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    gate, passed = RateLimitGate(), list[tuple[str, float]]()
+    gate, passed = a_gate(), list[tuple[str, float]]()
     gate.refuse(None)
 
     async def go(name: str) -> None:
-        await gate.wait()
+        await opened(gate)
         lease = a_lease(name)
         gate.enter(lease)
         passed.append((name, round(trio.current_time(), 3)))
@@ -721,13 +731,13 @@ async def test_after_the_pause_one_goes_first_and_the_others_when_the_site_took_
 async def test_a_refusal_halves_the_pace_and_what_the_site_takes_raises_it_again(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    gate = RateLimitGate()
+    gate = a_gate()
 
     async def send(count: int) -> float:
         """Returns how many went out a second."""
         started = trio.current_time()
         for _ in range(count):
-            await gate.wait()
+            await opened(gate)
             gate.enter(lease := a_lease())
             gate.accept(lease)
             gate.leave(lease)
@@ -754,14 +764,14 @@ async def test_a_refusal_halves_the_pace_and_what_the_site_takes_raises_it_again
 async def test_a_probe_that_ends_without_a_result_makes_place_for_the_next(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    gate = RateLimitGate()
+    gate = a_gate()
     gate.refuse(None)
     await trio.sleep(5)
     probe = a_lease()
     gate.enter(probe)
     assert not gate.is_open
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(gate.wait)
+        nursery.start_soon(opened, gate)
         await trio.testing.wait_all_tasks_blocked()
         gate.leave(probe)
     assert gate.is_open
@@ -770,9 +780,9 @@ async def test_a_probe_that_ends_without_a_result_makes_place_for_the_next(
 async def test_a_refused_probe_closes_the_gate_for_twice_as_long(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    gate, probe = RateLimitGate(), a_lease()
+    gate, probe = a_gate(), a_lease()
     gate.refuse(None)
-    await gate.wait()
+    await opened(gate)
     gate.enter(probe)
     gate.refuse(None)
     gate.leave(probe)
