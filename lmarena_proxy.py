@@ -865,13 +865,15 @@ _LONGEST_RETRY_AFTER_SECONDS = 86_400.0
 def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
     """Classify an answer whose status is not 200, by the contract's table. Header names are lower case."""
     reply = body.decode("utf-8", "replace")
-    is_html = "html" in headers.get("content-type", "") or reply.lstrip()[:1] == "<"
+    content_type, start = headers.get("content-type", ""), reply.lstrip()[:1]
+    is_html = "html" in content_type or start == "<"
+    is_json = "json" in content_type or start == "{"
     is_challenge = headers.get("cf-mitigated") == "challenge" or (is_html and "Just a moment..." in reply)
     kind = _REFUSAL_KINDS.get(status, "failed")
     if is_challenge and status in (403, 429, 503):
         kind = "challenge"
-    elif kind == "gone" and is_html:
-        kind = "failed"  # Only JSON says that a conversation is gone; this is some gateway's page.
+    elif kind == "gone" and (is_html or not is_json):
+        kind = "failed"  # Only JSON says that a conversation is gone; this is some gateway's word.
     try:
         seconds = float(headers["retry-after"])
     except (KeyError, ValueError):

@@ -444,10 +444,23 @@ def test_a_refusal_is_of_the_contracts_kind(
 
 
 @pytest.mark.parametrize("status", [403, 404])
-def test_a_page_that_is_no_check_does_not_retire_conversations(status: int) -> None:
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        (HTML_HEAD, b"<html><title>Attention Required!</title></html>"),
+        ({"content-type": "text/plain; charset=UTF-8"}, b"error code: 1020"),
+        ({}, b""),
+    ],
+)
+def test_what_is_no_json_does_not_retire_conversations(
+    status: int, headers: dict[str, str], body: bytes
+) -> None:
     """The contract says that a conversation is gone with JSON; a proxy's error page says nothing of it."""
-    refusal = read_refusal(status, HTML_HEAD, b"<html><title>Attention Required!</title></html>")
-    assert refusal.kind != "gone"
+    assert read_refusal(status, headers, body).kind == "failed"
+
+
+def test_json_counts_whatever_its_header_says() -> None:
+    assert read_refusal(404, {"content-type": "text/plain"}, b' {"error":"not found"}').kind == "gone"
 
 
 @pytest.mark.parametrize(
