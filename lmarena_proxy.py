@@ -4365,27 +4365,24 @@ class Bridges:
             self._announce(bridge)
             self._ask_reload(bridge, "the site wants its human check")
 
-    def note_signed_out(self, bridge: Bridge) -> None:
-        """The site answered 401: the page's sign-in is stale.
+    def note_signed_out(self, bridge: Bridge, account: str) -> None:
+        """The site answered 401: the page's sign-in is stale, if the page does not know it already.
 
         A reload may renew it, once; then the person must.
         """
-        account = bridge.account or ""
-        if bridge.overruled is None:
+        if bridge.is_ready and bridge.account == account:
             bridge.overruled = "sign_in" if account in self._stale_accounts else "loading"
             self._announce(bridge)
             if account not in self._stale_accounts:
                 self._stale_accounts.add(account)
                 self._ask_reload(bridge, "the page's sign-in is stale")
 
-    def note_accepted(self, bridge: Bridge, lease: Lease) -> None:
-        """The site took a request: its sign-in is good, and its rate limit may be over."""
-        account = bridge.account or ""
+    def note_accepted(self, account: str, lease: Lease) -> None:
+        """The site took a request: the account's sign-in is good, and its rate limit may be over."""
         self._stale_accounts.discard(account)
         self.gate(account).accept(lease)
 
-    def note_rate_limit(self, bridge: Bridge, retry_after_seconds: float | None) -> None:
-        account = bridge.account or ""
+    def note_rate_limit(self, account: str, retry_after_seconds: float | None) -> None:
         self.rate_limited += 1
         was_open = self.gate(account).is_open
         seconds = self.gate(account).refuse(retry_after_seconds)
@@ -4575,7 +4572,7 @@ class BridgeListener:
 # Relay
 # ==========================================================================================================
 #
-# Theory. The relay answers one request: it waits until a tab is ready, waits for the model's token, and then
+# Theory. The relay answers one request: it waits for the model's token, then until a tab is ready, and then
 # attempts the exchange until there is an answer or a reason to stop. Who wins when two things happen at once:
 #
 #   - Before an attempt, tab, session and gate are chosen in one breath, without an await; if one of them has
@@ -4698,14 +4695,14 @@ def _tell_upload_refusal(refusal: Refusal) -> Setback:
     return setback
 
 
-def _note_refusal(bridges: Bridges, bridge: Bridge, refusal: Refusal) -> None:
-    """What a refusal says of the tab and its account."""
+def _note_refusal(bridges: Bridges, bridge: Bridge, account: str, refusal: Refusal) -> None:
+    """What a refusal says of the tab, and of the account that it had when it was sent."""
     if refusal.kind == "challenge":
         bridges.note_challenge(bridge)
     elif refusal.kind == "signed_out":
-        bridges.note_signed_out(bridge)
+        bridges.note_signed_out(bridge, account)
     elif refusal.kind == "rate_limited":
-        bridges.note_rate_limit(bridge, refusal.retry_after_seconds)
+        bridges.note_rate_limit(account, refusal.retry_after_seconds)
 
 
 async def _wait_gate(bridges: Bridges, accounts: Iterable[str], gives_up_at: float) -> None:
@@ -4939,7 +4936,7 @@ class Attempt:
     def _accept(self, pump: Pump, head: Head) -> bool:
         is_accepted = pump.accept(head)
         if is_accepted:
-            self._bridges.note_accepted(self._bridge, self._lease)
+            self._bridges.note_accepted(self._account, self._lease)
         return is_accepted
 
     async def _exchange(self, messages: Sequence[Message], sink: Sink) -> Finish | None:
@@ -4964,7 +4961,7 @@ class Attempt:
     def _take_refusal(self, refusal: Refusal) -> Setback:
         """Draw the consequences of a refusal; the Setback says how the request goes on."""
         setback = _tell_refusal(refusal)
-        _note_refusal(self._bridges, self._bridge, refusal)
+        _note_refusal(self._bridges, self._bridge, self._account, refusal)
         # What a retry of one of two sides has to be like is not certain: another session tells.
         is_doubtful = refusal.kind == "rejected" and self._session.position is not None
         if (refusal.kind == "gone" or is_doubtful) and self._lease.session:
@@ -5044,6 +5041,7 @@ class Uploader:
 
     async def _attempt(self, bridge: Bridge, lease: Lease, image: Attachment) -> str:
         """One upload; returns the address. Raises Setback, or NotUploaded when it is not to be had."""
+        account = bridge.account or ""  # Its page may have another one afterwards.
         try:
             with trio.fail_after(self.ATTEMPT_SECONDS), bridge.upload(image) as exchange:
                 if address := await exchange.address():
@@ -5061,8 +5059,8 @@ class Uploader:
             raise _timed_out(f"The upload of an image took more than {self.ATTEMPT_SECONDS:g} s.") from None
         finally:
             # That the site took it says nothing of the limit of its answers: the gate is left as it was.
-            self._bridges.gate(bridge.account or "").leave(lease)
-        _note_refusal(self._bridges, bridge, refusal)
+            self._bridges.gate(account).leave(lease)
+        _note_refusal(self._bridges, bridge, account, refusal)
         raise _tell_upload_refusal(refusal)
 
 
@@ -5085,9 +5083,8 @@ class Relay:
         """
         try:
             with trio.move_on_after(limits.total_seconds):
-                await self._bridges.wait_ready(limits.person_wait_seconds)
+                # Before the tab: those who wait for that go in any order, but are four a model at most.
                 await self._queue(lease, limits)
-                lease.admitted_at = trio.current_time()
                 return await self._attempt_all(lease, messages, sink, limits)
             message = f"No answer within requests.total_timeout_seconds ({limits.total_seconds:g} s)."
             raise ArenaError(message, status=504, code="timeout", may_retry=False)
@@ -5125,9 +5122,11 @@ class Relay:
         self, lease: Lease, messages: Sequence[Message], sink: Sink, limits: Limits
     ) -> Finish | None:
         failures = pauses = 0
-        patience_ends_at = math.inf
+        reason, patience_ends_at = ("", ""), math.inf
         while True:
             bridge = await self._choose(lease, limits)
+            if lease.admitted_at is None:
+                lease.admitted_at = trio.current_time()
             attempt = Attempt(self._config.arena, self._pool, self._bridges, bridge, lease, limits)
             ids = (lease.request_id, lease.model.name, lease.tries[-1].session_id)
             self._bus.publish(AttemptStarted(*ids, bridge.id, len(lease.tries)))
@@ -5140,11 +5139,10 @@ class Relay:
                 error.may_retry = False
                 raise error
             lease.first_byte_at = None
-            if course == "pause":
-                grace_seconds = min(limits.queue_seconds, self._config.bridge.reconnect_grace_seconds)
-                patience_ends_at = min(patience_ends_at, trio.current_time() + grace_seconds)
-            elif course != "free":
-                failures += 1
+            if (course, error.error_code) != reason:
+                reason, patience_ends_at = (course, error.error_code), math.inf
+            patience_ends_at = min(patience_ends_at, trio.current_time() + self._patience(*reason, limits))
+            failures += course in ("counts", "final")
             if course == "final" or failures >= limits.attempts or trio.current_time() > patience_ends_at:
                 if course == "pause" and lease.session:
                     self._pool.note_failure(lease.session, error.message)
@@ -5153,6 +5151,14 @@ class Relay:
                 self._pool.give_back(lease)
                 await trio.sleep(self.PAUSES[min(pauses, len(self.PAUSES) - 1)])
                 pauses += 1
+
+    def _patience(self, course: str, code: str, limits: Limits) -> float:
+        """For how many seconds the same setback may come again and again."""
+        if course == "pause":
+            return min(limits.queue_seconds, self._config.bridge.reconnect_grace_seconds)
+        # The page may load without the check that the site's answers ask for.
+        is_persons = code in ("human_verification_required", "sign_in_required")
+        return limits.person_wait_seconds if is_persons else math.inf
 
     async def _choose(self, lease: Lease, limits: Limits) -> Bridge:
         """Pick the bridge, and into the lease the session if there is one, whose account may send now."""
@@ -6076,6 +6082,7 @@ class Bootstrap:
                 await run.open_all()
         self._asked |= run.accounts
         was_aborted = self._scope.cancelled_caught or bool(run.abort_reason)
+        self.is_confirmed &= not was_aborted  # What is still to be opened is asked for.
         detail = f"{self.opened} of {self.planned} opened"
         self._go("abort" if was_aborted else "finish", f"{detail}, {run.abort_reason}".rstrip(", "))
         self._console.summary([*run.sum_up()])
@@ -7144,7 +7151,7 @@ class Running:
         lease, texts = self.leases[0], self.choices[0].answer.texts
         if lease.first_byte_at is not None:
             state = "streaming"
-        elif lease.has_token:
+        elif lease.admitted_at is not None:
             state = "waiting_for_first_byte"
         else:
             state = "queued" if place else "waiting_for_tab"

@@ -17,6 +17,7 @@ import httpx
 import openai
 import pytest
 import trio
+import trio.testing
 from harness import (
     CLAUDE,
     DEEPSEEK,
@@ -43,6 +44,7 @@ from harness import (
 )
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
+import lmarena_proxy
 from demo import contract
 from demo.arena import Arena, Failure, Switches
 from demo.twin import Twin
@@ -402,6 +404,58 @@ async def test_a_conversation_that_is_busy_at_the_site_is_not_given_up(
     rig.arena.switch(failures={"*": {"status": 409, "on": "retry", "times": 2}})
     assert (await rig.stream(CLAUDE, "Hello")).text == f"[{CLAUDE}] Hello"
     assert [seen.status for seen in rig.calls] == [409, 409, 200]
+    assert len(rig.pool(CLAUDE).sessions) == 4
+
+
+async def test_a_conversation_that_was_busy_once_does_not_shorten_what_comes_after(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {"bridge": {"reconnect_grace_seconds": 0.3}}
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, filled=True)
+    held = Held(monkeypatch)
+    rig.arena.switch(failures={"*": {"status": 409, "on": "retry", "times": 1}})
+    async with trio.open_nursery() as clients:
+        clients.start_soon(rig.chat, CLAUDE, "Hello")
+        await until(lambda: len(rig.calls) == 2)
+        await trio.sleep(0.4)
+        await rig.twin.open_page()
+        await until(lambda: len(rig.calls) == 3)
+        held.release()
+    assert rig.program.answers.completed == 1
+    assert [seen.status for seen in rig.calls][::2] == [409, 200]
+
+
+async def test_those_who_waited_for_the_tab_keep_their_order(nursery: trio.Nursery, tmp_path: Path) -> None:
+    tables = {"pool": {"sessions_per_model": 1}}
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, filled=True)
+    [bridge] = rig.program.bridges
+    for _ in range(3):
+        rig.arena.record.clear()
+        rig.program.bridges.note_state(bridge, "loading", bridge.account)
+        async with trio.open_nursery() as clients:
+            for number in range(6):
+                clients.start_soon(rig.chat, CLAUDE, str(number))
+                await until(lambda: rig.program.answers.active == number + 1)  # noqa: B023
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            rig.program.bridges.note_state(bridge, "ready", bridge.account)
+        assert [turns(seen)[-1][1] for seen in rig.calls] == ["0", "1", "2", "3", "4", "5"]
+
+
+async def test_a_check_that_no_page_shows_is_told_after_the_persons_time(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmarena_proxy, "RELOAD_INTERVAL_SECONDS", 0.05)
+    tables = {"requests": {"person_wait_seconds": 0.6}}
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, filled=True)
+    challenge = Failure(
+        status=403,
+        body="<title>Just a moment...</title>",
+        content_type="text/html",
+        headers={"cf-mitigated": "challenge"},
+    )
+    rig.arena.switch(failures={"*": challenge})
+    check_error(await rig.chat(CLAUDE, "Hello"), 403, "human_verification_required")
+    assert len(rig.calls) > 1
     assert len(rig.pool(CLAUDE).sessions) == 4
 
 

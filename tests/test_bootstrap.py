@@ -297,6 +297,24 @@ async def test_another_account_gets_its_own_conversations_after_another_yes(
     assert rig.creates == []
 
 
+async def test_what_was_interrupted_does_not_begin_again_by_itself(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer that `--yes` gives is over with the first Ctrl-C."""
+    held = Held(monkeypatch, free=1)
+    rig = await start(nursery, tmp_path, tables=AT_ONCE, confirmed=True)
+    await until(lambda: rig.program.bootstrap.opened == 1)
+    other = Twin(rig.arena_url, rig.program.api.bridge_url)
+    await other.http.post("/nextjs-api/sign-up", content="{}")
+    await nursery.start(other.run)
+    await until(lambda: len(rig.program.bridges.accounts()) == 2)
+    assert rig.program.bootstrap.abort()
+    await phase(rig, "skipped")
+    held.release()
+    phases = [event.phase for event in rig.event(PhaseChanged)]
+    assert phases[phases.index("running") :] == ["running", "aborted", "settling", "skipped"]
+
+
 async def test_another_account_is_asked_for_even_after_the_question_was_skipped(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:

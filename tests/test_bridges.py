@@ -37,6 +37,7 @@ from lmarena_proxy import (
     ExchangeBroken,
     Head,
     Lease,
+    Limits,
     Model,
     PoolConfig,
     RateLimited,
@@ -44,6 +45,7 @@ from lmarena_proxy import (
     Session,
     SessionPool,
     Store,
+    Uploader,
 )
 
 ORIGIN = "https://lmarena.ai"
@@ -579,7 +581,7 @@ async def test_a_stale_sign_in_is_reloaded_once_and_then_the_persons_matter(tmp_
         bridge, states = at.bridge(), []
 
         async def refuse_401(*, reloads: bool = False) -> None:
-            at.bridges.note_signed_out(bridge)
+            at.bridges.note_signed_out(bridge, "mine")
             states.append(bridge.state)
             if reloads:
                 await tab.hear("reload")
@@ -589,15 +591,48 @@ async def test_a_stale_sign_in_is_reloaded_once_and_then_the_persons_matter(tmp_
 
         await refuse_401(reloads=True)
         await refuse_401()
-        at.bridges.note_accepted(bridge, a_lease("any"))
+        at.bridges.note_accepted("mine", a_lease("any"))
         await refuse_401()
         assert states == ["loading", "sign_in", "loading"]
+
+
+async def test_a_refusal_that_comes_after_the_page_knows_reloads_nothing(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    """The page was signed out; a call that was under way is answered 401 only then."""
+    async with gateway(tmp_path, heartbeat_seconds=1000) as at, at.tab() as tab:
+        bridge = at.bridge()
+        for state, account in (("sign_in", None), ("ready", "other")):
+            await tab.say({"type": "state", "state": state, "account": account})
+            while (bridge.reported, bridge.account) != (state, account):
+                await trio.lowlevel.checkpoint()
+            at.bridges.note_signed_out(bridge, "mine")
+            assert bridge.state == state
+        await silence(mock_clock, RELOAD_INTERVAL_SECONDS)
+        assert at.bridges.reloads == 0
+
+
+async def test_an_upload_leaves_the_gate_that_it_went_through(tmp_path: Path) -> None:
+    """The page signs in as somebody else meanwhile."""
+    limits = Limits(60, 60, 60, 60, 60, 60, 60, attempts=1)
+    image = Attachment("a.png", "image/png", "data:image/png;base64,AAAA")
+    async with gateway(tmp_path) as at, at.tab(features=["upload"]) as tab, trio.open_nursery() as nursery:
+        gate, lease = at.bridges.gate("mine"), a_lease()
+        gate.refuse(1)
+        way = Uploader(at.bridges).way(lease, limits)
+        assert way is not None
+        nursery.start_soon(way, image)
+        upload = await tab.hear("upload")
+        assert not gate.is_open
+        await tab.say({"type": "state", "state": "ready", "account": "other"})
+        await tab.say({"type": "uploaded", "id": upload["id"], "url": "https://storage.example/a.png"})
+        await opened(gate)
 
 
 async def test_a_rate_limit_is_told_once_and_holds_for_the_account_alone(tmp_path: Path) -> None:
     async with gateway(tmp_path) as at, at.tab():
         for _ in range(3):
-            at.bridges.note_rate_limit(at.bridge(), None)
+            at.bridges.note_rate_limit("mine", None)
         assert [event.seconds for event in at.told(RateLimited)] == [pytest.approx(5, abs=0.1)]
         assert not at.bridges.gate("mine").is_open
         assert at.bridges.gate("other").is_open
