@@ -724,6 +724,51 @@ def test_charts_are_drawn_and_are_tables_too(board: Board, stage: Stage) -> None
     ).to_be_visible()
 
 
+# How many pixels each column of a chart's canvas has that are not empty, and where its plot begins and ends.
+DRAWN = """plot => {
+    const canvas = plot.querySelector("canvas"), whole = canvas.getBoundingClientRect();
+    const inner = plot.querySelector(".u-over").getBoundingClientRect(), scale = canvas.width / whole.width;
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    const columns = new Array(canvas.width).fill(0);
+    for (let at = 3; at < data.length; at += 4) if (data[at]) columns[((at - 3) / 4) % canvas.width] += 1;
+    return [columns, ...[inner.left, inner.right].map((x) => Math.round((x - whole.left) * scale))];
+}"""
+
+
+@pytest.mark.parametrize(("span", "buckets", "seconds"), [("Last hour", 60, 60), ("Last day", 96, 900)])
+def test_a_few_requests_of_the_present_are_seen_in_the_charts(
+    board: Board, span: str, buckets: int, seconds: int
+) -> None:
+    """The newest bucket, whose neighbours are empty, ends at a full hour, where a label stands."""
+    end = 1_764_442_800
+    nothing = [0] * (buckets - 1)
+    once = [*[None] * (buckets - 1), 1.5]
+    statistics = {
+        "from": end - buckets * seconds,
+        "to": end,
+        "bucket_seconds": seconds,
+        "times": [end - number * seconds for number in range(buckets, 0, -1)],
+        "requests": [*nothing, 5],
+        "errors": [*nothing, 0],
+        "queue_depth": [*nothing, 0],
+        "first_byte_seconds": {"median": once, "p95": once},
+        "tokens_per_second": {"median": once, "p95": once},
+        "models": [],
+    }
+    board.context.route("**/api/statistics?*", lambda route: route.fulfill(json=statistics))
+    board.open("time")
+    board.page.get_by_role("radio", name=span).check()
+    expect(board.page.locator(".b-plot canvas")).to_have_count(4)
+
+    for chart, pixels in (("Requests and errors", 200), ("Time to first token", 8), ("Tokens per second", 8)):
+        plot = board.page.get_by_role("img", name=re.compile(f"^{chart}"))
+        columns, left, right = plot.evaluate(DRAWN)
+        width = round((right - left) / buckets)
+        grid = sum(columns[right - 4 * width : right - 3 * width])
+        assert sum(columns[right - width : right]) > grid + pixels, chart
+        assert columns[-2:] == [0, 0], f"{chart}: the last label is cut off"
+
+
 def test_a_program_without_requests_says_so_everywhere(
     browser: Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

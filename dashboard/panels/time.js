@@ -36,6 +36,9 @@ function useTheme() {
 const bucketTime = (seconds, isDay) =>
   moment(seconds, isDay ? { weekday: "short", hour: "2-digit", minute: "2-digit", hourCycle: "h23" } : { hour: "2-digit", minute: "2-digit", hourCycle: "h23" });
 
+/** The values without a neighbour: they are no line, but a point. @param {(number|null)[]} values */
+const alone = (values) => [...values.keys()].filter((at) => values[at] != null && values[at - 1] == null && values[at + 1] == null);
+
 /**
  * @param {Series[]} series
  * @param {HTMLElement} place
@@ -51,10 +54,14 @@ function options(series, place, format, onCursor) {
   return {
     width: Math.max(120, place.clientWidth),
     height: place.clientHeight,
-    padding: [8, 16, 0, 0],
+    padding: [8, 24, 0, 0], // to the right: half of a label
     legend: { show: false },
     cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false } },
-    scales: { x: { time: true }, y: { range: (/** @type {any} */ _, /** @type {number} */ __, /** @type {number} */ top) => [0, top > 0 ? top * 1.08 : 1] } },
+    scales: {
+      // Times are where buckets begin: the newest one needs its own width.
+      x: { time: true, range: (/** @type {any} */ { data: [times] }, /** @type {number} */ first, /** @type {number} */ last) => [first, last + times[1] - times[0]] },
+      y: { range: (/** @type {any} */ _, /** @type {number} */ __, /** @type {number} */ top) => [0, top > 0 ? top * 1.08 : 1] },
+    },
     axes: [
       {
         ...axis, grid: { show: false }, space: 56, size: 26, gap: 6,
@@ -73,7 +80,10 @@ function options(series, place, format, onCursor) {
         fill: each.kind === "bars" ? color(each.color) : each.kind === "area" ? color(`${each.color}-soft`) : undefined,
         width: each.kind === "bars" ? 0 : 1.75,
         paths: each.kind === "bars" ? bars : undefined,
-        points: { show: each.kind === "bars" ? false : undefined, size: 4 },
+        points: {
+          show: false, size: 6, fill: color(each.color),
+          filter: each.kind === "bars" ? null : (/** @type {any} */ { data }, /** @type {number} */ number) => alone(data[number]),
+        },
         spanGaps: false,
       })),
     ],
