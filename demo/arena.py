@@ -106,7 +106,7 @@ class Switches(msgspec.Struct, forbid_unknown_fields=True):
     cut_after_lines: int | None = None  # the answer ends after so many lines of content, without `ad`
     hang_after_lines: int | None = None  # it falls silent after so many, until the client leaves
 
-    reasoning: bool = False  # `ag` lines before the text
+    reasoning: bool | None = None  # `ag` lines before the text; None: of models whose names say so
     sources: tuple[dict[str, str], ...] = SOURCES  # of search models
     finish_reason: str = "stop"
     omit_usage: bool = False  # `ad` without `usage`
@@ -787,12 +787,16 @@ def participant_content(
         return contract.media_lines(participant, modality, media_url)
     if pieces is None:
         pieces = contract.pieces_of(f"[{model['publicName']}] {call.last_user_text}")
-    lines = (
-        contract.text_lines(f"{participant}g", ["Looking at the ", "question…"]) if wanted.reasoning else []
-    )
+    is_reasoning = says_thinking(model) if wanted.reasoning is None else wanted.reasoning
+    thoughts = ["Looking at the ", "question…"] if is_reasoning else []
+    lines = contract.text_lines(f"{participant}g", thoughts)
     if modality == "search":
         lines.append(contract.source_line(participant, wanted.sources))
     return lines + contract.text_lines(f"{participant}0", pieces)
+
+
+def says_thinking(model: Model) -> bool:
+    return bool(re.search("(?<!no-)thinking", model["publicName"]))
 
 
 Value = TypeVar("Value")

@@ -235,6 +235,28 @@ async def test_search_brings_sources_and_reasoning_comes_first_when_switched_on(
         assert json.loads(call["argsTextDelta"])["source"][0]["url"] == "https://example.com/one"
 
 
+@pytest.mark.parametrize(
+    ("name", "switch", "expected"),
+    [
+        ("deepseek-v3.1-thinking", None, True),
+        ("claude-opus-4-20250514-thinking-16k", None, True),
+        ("qwen3-235b-a22b-no-thinking", None, False),
+        ("deepseek-v3.1", None, False),
+        ("deepseek-v3.1-thinking", False, False),
+        ("deepseek-v3.1", True, True),
+    ],
+)
+async def test_models_reason_whose_names_say_so_unless_all_or_none_shall(
+    name: str, switch: bool | None, expected: bool
+) -> None:
+    async with site() as browser:
+        browser.arena.models[TEXT["id"]] = TEXT | {"publicName": name}
+        browser.arena.switch(reasoning=switch)
+        answer = await browser.create(create_body(TEXT))
+        assert text_of(answer, "ag") == ("Looking at the question…" if expected else "")
+        assert text_of(answer) == f"[{name}] Hi"
+
+
 async def test_chosen_answers_and_raw_bodies_are_sent_as_they_stand() -> None:
     async with site() as browser:
         browser.arena.switch(answers={"text": ["a", "é"]}, raw={SEES["id"]: 'zz:1\na0:"x"'}, omit_usage=True)

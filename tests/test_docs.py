@@ -15,7 +15,6 @@ from harness import Rig, start
 
 import lmarena_proxy
 from demo import contract
-from demo.arena import Switches
 from lmarena_proxy import (
     IGNORED_IMAGE_PARAMETERS,
     IGNORED_PARAMETERS,
@@ -49,6 +48,7 @@ PAGES = sorted(find_pages())
 CLIENT_PAGES = sorted((ROOT / "docs" / "clients").glob("*.md"))
 BASE_URL = "http://127.0.0.1:9080"
 EXAMPLE_SECONDS = 120
+REASONING = "Looking at the question…"  # of the stand-in, by models whose names say so
 
 CHAPTER = README.partition("## Parameters")[2].partition("\n## ")[0]
 TABLE = {
@@ -365,7 +365,7 @@ def models_in(page: Path) -> list[str]:
 
 async def rig_for(nursery: trio.Nursery, directory: Path, page: Path) -> Rig:
     """A rig that serves the models that a page names."""
-    rig = await start(nursery, directory / "rig", models=models_in(page), switches=Switches(reasoning=True))
+    rig = await start(nursery, directory / "rig", models=models_in(page))
     rig.program.media.site_origins.add(rig.arena_url)
     (directory / "cat.png").write_bytes(contract.png("cat"))
     return rig
@@ -395,8 +395,10 @@ async def run(rig: Rig, directory: Path, *command: str, place: Path | None = Non
 @with_examples("python")
 async def test_python_s_examples_run(nursery: trio.Nursery, tmp_path: Path, page: Path) -> None:
     rig = await rig_for(nursery, tmp_path, page)
-    printed = await run(rig, tmp_path, sys.executable, "-c", example(page, "python"))
+    code = example(page, "python")
+    printed = await run(rig, tmp_path, sys.executable, "-c", code)
     assert "[gemini-2.5-pro] 你好" in printed
+    assert (REASONING in printed) == ("reasoning" in code)
 
 
 @with_examples("js")
@@ -406,6 +408,7 @@ async def test_node_s_examples_run(nursery: trio.Nursery, tmp_path: Path, page: 
     place = ROOT / "tests" / "clients"  # where its packages are
     printed = await run(rig, tmp_path, "node", "--input-type=module", "-e", code, place=place)
     assert "[gemini-2.5-pro] 你好" in printed
+    assert (REASONING in printed) == ("reasoning" in code)
 
 
 def curl_examples() -> list[Any]:
