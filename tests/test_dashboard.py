@@ -291,6 +291,10 @@ def test_both_languages_have_the_same_texts_with_the_same_variables() -> None:
     assert {key for key in english if not variables(chinese[key]) <= variables(english[key])} == set()
 
 
+def test_chinese_texts_are_polite() -> None:
+    assert [text for text in dictionary("zh").values() if "你" in text] == []
+
+
 def test_every_text_that_is_asked_for_exists_and_every_one_is_asked_for() -> None:
     keys = dictionary("en").keys()
     sources = "\n".join(

@@ -182,10 +182,10 @@ export default {
   "b.try.stop": "停止",
   "b.try.clear": "清空",
   "b.try.keys": "Enter 发送，Shift+Enter 换行。刷新后此处不保留任何内容。",
-  "b.try.hint": "你输入的内容会发给上面的模型，与任何客户端的请求相同。",
+  "b.try.hint": "您输入的内容会发给上面的模型，与任何客户端的请求相同。",
   "b.try.needs_image": "此模型需要图像，而此处无法发送图像。",
   "b.try.waiting": "等待回答",
   "b.try.thinking": "思考中",
-  "b.try.stopped": "已由你停止。",
+  "b.try.stopped": "已由您停止。",
   "b.try.broke_off": "回答中断了。",
 };
