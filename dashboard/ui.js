@@ -309,6 +309,11 @@ export const Stat = memo(({ label, value, hint = "", kind = "", wide = false }) 
 export const Badge = ({ kind = "", icon, children, title }) => html`
   <span class=${`badge ${kind}`} title=${title}>${icon && html`<${Icon} name=${icon} size=${12} />`}${children}</span>`;
 
+/** What tells two models of one name apart. @param {{entry: {modality: string, requires_image: boolean}}} props */
+export const ModelKind = ({ entry }) => html`
+  ${entry.modality !== "chat" && html` <${Badge}>${t(`modality.${entry.modality}`)}<//>`}
+  ${entry.requires_image && html` <${Badge} title=${t("pool.requires_image")}>${t("pool.from_image")}<//>`}`;
+
 /** How a request ended: its HTTP status and, in words, its outcome. @param {{status: number, outcome?: string|null}} props */
 export const StatusBadge = memo(({ status, outcome }) => {
   const left = outcome === "client_left";

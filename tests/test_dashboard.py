@@ -5,6 +5,7 @@ Playwright is. Each page is watched: an error on its console, or something that 
 stopped, fails the test (`Board`).
 """
 
+import base64
 import json
 import queue
 import re
@@ -24,7 +25,20 @@ import httpx
 import msgspec
 import pytest
 import trio
-from harness import CLAUDE, DEEPSEEK, EDIT, GPT, IMAGE, SEARCH, Rig, Terminal, model_id, start, write_config
+from harness import (
+    CLAUDE,
+    DEEPSEEK,
+    EDIT,
+    GPT,
+    IMAGE,
+    RAY,
+    SEARCH,
+    Rig,
+    Terminal,
+    model_id,
+    start,
+    write_config,
+)
 from playwright.sync_api import Browser, ConsoleMessage, Download, Locator, Page, Playwright, Route, expect
 from userscript_bridge import CHROMIUM, HEADLESS_SHELL, eventually
 
@@ -44,6 +58,7 @@ OURS = [
 PANELS = ("now", "pool", "requests", "time", "log", "settings", "connect")
 PATIENCE_MS = 30_000
 KEY = "sk-dashboard"
+PNG_URL = "data:image/png;base64," + base64.b64encode(contract.png("x")).decode()
 Result = TypeVar("Result")
 
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}")
@@ -488,6 +503,30 @@ def test_one_model_is_opened_by_its_name(browser: Browser, tmp_path_factory: pyt
         board.page.get_by_label("For one model only").fill(DEEPSEEK)
         board.button("Open").click()
         eventually(lambda: [pool["sessions"] for pool in stage.state()["pool"]] == [0, 4], "only that one")
+        board.close()
+
+
+def test_two_models_of_one_name_are_told_apart(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The one that begins with an image has no conversation before its first request."""
+    with Stage(tmp_path_factory.mktemp("two"), models=(RAY,)) as stage:
+        board = Board(browser, stage.url)
+        board.open("now")
+        board.page.get_by_label("For one model only").fill(RAY)
+        board.button("Open").click()
+        eventually(lambda: [pool["sessions"] for pool in stage.state()["pool"]] == [0, 4], "the text's")
+        expect(board.page.locator("datalist option")).to_have_count(1)
+        image = {"type": "image_url", "image_url": {"url": PNG_URL}}
+        for content in ("Run", [{"type": "text", "text": "Run"}, image]):
+            body = {"model": RAY, "messages": [{"role": "user", "content": content}]}
+            stage.http.post("/v1/chat/completions", json=body).raise_for_status()
+        for panel in ("pool", "time"):
+            board.open(panel)
+            names = board.page.get_by_role("rowheader").filter(has_text=RAY)
+            expect(names).to_have_count(2)
+            told = sorted(re.sub(r"\s+", " ", name) for name in names.all_inner_texts())
+            assert told == [f"{RAY} Video", f"{RAY} Video from image"], panel
         board.close()
 
 

@@ -313,8 +313,8 @@ function OneModel({ isReady }) {
     /** @type {Map<string, string>} */
     const names = new Map();
     for (const entry of pool.values()) {
-      const name = names.has(entry.model) ? `${entry.model} (${entry.requires_image ? t("pool.from_image") : t(`modality.${entry.modality}`)})` : entry.model;
-      names.set(names.has(name) ? `${name} ${entry.model_id}` : name, entry.model_id);
+      if (entry.requires_image) continue; // it opens with its first request
+      names.set(names.has(entry.model) ? `${entry.model} ${entry.model_id}` : entry.model, entry.model_id);
     }
     return names;
   }, [pool.size]);

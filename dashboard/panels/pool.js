@@ -5,7 +5,7 @@ import { call } from "../api.js";
 import { formatDuration, formatNumber, formatPercent, hasText, NONE, t } from "../i18n.js";
 import { useStore } from "../store.js";
 import {
-  attempt, Badge, Button, confirm, Dialog, Empty, Icon, IconButton, Id, SearchField, Segments, Select, sortBy, SortHeader, Time, useMedia,
+  attempt, Badge, Button, confirm, Dialog, Empty, Icon, IconButton, Id, ModelKind, SearchField, Segments, Select, sortBy, SortHeader, Time, useMedia,
   usePolled, useSort,
 } from "../ui.js";
 import { html, memo, useCallback, useMemo, useState } from "../vendor/preact-htm.js";
@@ -130,8 +130,7 @@ const Cells = memo(({ entry, sessions, show }) => {
 /** @param {{entry: PoolEntry, show: (model: string) => void}} props */
 const Name = ({ entry, show }) => html`
   <button type="button" class="link-button" aria-haspopup="dialog" onClick=${() => show(entry.model_id)}>${entry.model}</button>
-  ${entry.modality !== "chat" && html` <${Badge}>${t(`modality.${entry.modality}`)}<//>`}
-  ${entry.requires_image && html` <${Badge} title=${t("pool.requires_image")}>${t("pool.from_image")}<//>`}`;
+  <${ModelKind} entry=${entry} />`;
 
 /** @param {number|null|undefined} value */
 const speed = (value) => formatNumber(value, value != null && value < 10 ? 1 : 0);

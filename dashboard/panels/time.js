@@ -4,7 +4,8 @@
 import { html, memo, useEffect, useId, useLayoutEffect, useMemo, useRef, useState } from "../vendor/preact-htm.js";
 import uPlot from "../vendor/uPlot.esm.js";
 import { t, useLanguage } from "../i18n.js";
-import { Button, Empty, ErrorNote, Segments, SortHeader, Stat, cssColor, onThemeChange, sortBy, usePolled, useSort } from "../ui.js";
+import { store, useStore } from "../store.js";
+import { Button, Empty, ErrorNote, ModelKind, Segments, SortHeader, Stat, cssColor, onThemeChange, sortBy, usePolled, useSort } from "../ui.js";
 import { clock, locale, moment, number, span } from "./shared-b.js";
 
 /**
@@ -179,6 +180,8 @@ const Models = memo(
   /** @param {{models: ModelRow[], language: string}} props */
   ({ models }) => {
     const [sort, onSort] = useSort("requests", true);
+    useStore((state) => state.pool.size); // it may come later than the numbers
+    const { pool } = store.get();
     const rows = useMemo(() => sortBy(models, VALUES[sort.by], sort.descending), [models, sort]);
     return html`<section class="card" aria-labelledby="by-model-title">
       <div class="card-head"><h2 id="by-model-title">${t("b.time.by_model")}</h2></div>
@@ -186,7 +189,7 @@ const Models = memo(
         <thead><tr>${MODEL_COLUMNS.map((column) => html`<${SortHeader} key=${column} id=${column} label=${t(`b.time.column.${column}`)}
           numeric=${column !== "model"} sort=${sort} onSort=${onSort} />`)}</tr></thead>
         <tbody>${rows.map((row) => html`<tr key=${row.model_id}>
-          <th scope="row">${row.model}</th><td class="numeric">${number(row.requests)}</td>
+          <th scope="row">${row.model}${pool.has(row.model_id) && html`<${ModelKind} entry=${pool.get(row.model_id)} />`}</th><td class="numeric">${number(row.requests)}</td>
           <td class=${`numeric ${row.errors ? "b-error" : ""}`}>${number(row.errors)}</td>
           <td class="numeric">${span(row.first_byte_seconds?.median)}</td><td class="numeric">${span(row.first_byte_seconds?.p95)}</td>
           <td class="numeric">${number(row.tokens_per_second?.median, 1)}</td><td class="numeric">${number(row.tokens_per_second?.p95, 1)}</td>
