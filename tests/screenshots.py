@@ -1,9 +1,11 @@
 """Makes the README's pictures of the dashboard from a running demo.
 
+apt-get install fonts-noto-core fonts-noto-cjk     (beside what tests/run installs)
 python lmarena_proxy.py --demo     (in another terminal, with a new store; leave its question unanswered)
 python tests/screenshots.py [http://127.0.0.1:9080]
 
-The first picture is of the run that the script then begins, so it wants the question to be open.
+The first pictures, one in each language, are of the run that the script then begins, so they want the
+question to be open.
 """
 
 import json
@@ -21,6 +23,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 MAX_BYTES = 150_000
 WIDE, NARROW = (1180, 700), (390, 760)
+LANGUAGES = {"": "en-US", "-zh": "zh-CN"}  # of the run's pictures, by the end of their names
 CLIENTS = 8
 WARM_UP_SECONDS = 75  # so that the charts show more than a point
 
@@ -65,11 +68,13 @@ def chat_models(base: str) -> list[str]:
     return [each["id"] for each in models if each["modality"] == "chat" and not each["requires_image"]]
 
 
-def open_page(browser: Browser, base: str, panel: str, theme: Any, size: tuple[int, int]) -> Page:
+def open_page(
+    browser: Browser, base: str, panel: str, theme: Any, size: tuple[int, int], locale: str = "en-US"
+) -> Page:
     page = browser.new_page(
         viewport={"width": size[0], "height": size[1]},
         color_scheme=theme,
-        locale="en-US",
+        locale=locale,
         reduced_motion="reduce",
     )
     page.goto(f"{base}/#/{panel}")
@@ -87,15 +92,17 @@ def take(page: Page, name: str) -> None:
 
 def take_run(browser: Browser, base: str) -> None:
     """The opening of conversations, half way."""
-    page = open_page(browser, base, "now", "light", WIDE)
-    page.wait_for_selector(".button.primary", timeout=90_000)
+    pages = {end: open_page(browser, base, "now", "light", WIDE, locale) for end, locale in LANGUAGES.items()}
+    for page in pages.values():
+        page.wait_for_selector(".button.primary", timeout=90_000)
     fetch(f"{base}/api/bootstrap", {"action": "start"})
-    page.wait_for_function(
+    pages[""].wait_for_function(
         "() => {const bar = document.querySelector('[role=progressbar]');"
         " return bar && bar.getAttribute('aria-valuenow') > 0.4 * bar.getAttribute('aria-valuemax')}",
         timeout=90_000,
     )
-    take(page, "now")
+    for end, page in pages.items():
+        take(page, f"now{end}")
 
 
 def main(base: str = "http://127.0.0.1:9080") -> None:

@@ -268,6 +268,11 @@ def test_every_page_can_be_found_from_the_readme() -> None:
     assert {name_of(page) for page in PAGES} - {name_of(page) for page in seen} == set()
 
 
+def test_each_readme_shows_the_same_pictures_in_its_own_language() -> None:
+    ours, theirs = (re.findall(r"!\[.+?\]\((.+?)\)", prose(page)) for page in (README, TRANSLATED))
+    assert theirs == [picture.replace(".png", "-zh.png") for picture in ours]
+
+
 # ── The bridge's protocol ───────────────────────────────────────────────────────────────────────────────────
 
 FRAMES: dict[str, type[Frame]] = {str(kind.__struct_config__.tag): kind for kind in Frame.__subclasses__()}
