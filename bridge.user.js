@@ -382,7 +382,7 @@
   const outlook = () => {
     const { link, role, trouble, due, state } = tab;
     if (role === "stopped") return ["reinstall", 0];
-    if (role === "waiting") return ["standing_by", 0];
+    if (role === "waiting") return [state === "verification" ? state : "standing_by", 0];
     const ready = due ?? (link?.outdated ? "outdated" : "ready");
     if (link?.welcomed) return [state === "ready" ? ready : state, link.running];
     // The check's own page may forbid the connection: what is due there is the check.
@@ -462,6 +462,7 @@
       assign(tab, { state, account, due: null });
       if (tab.link) say(tab.link, { type: "state", state, account, detail });
     }
+    offerToLead();
     render();
   };
 
@@ -965,7 +966,9 @@
 
   listen(between, "message", (/** @type {MessageEvent} */ event) => {
     const message = messageData(event);
-    if (message?.type === "leading") {
+    if (message?.type === "able") {
+      giveWay();
+    } else if (message?.type === "leading") {
       deliverCaptures();
     } else if (message?.type === "captures" && tab.link?.welcomed && Array.isArray(message.captures)) {
       const taken = message.captures.filter(isCapture);
@@ -1181,7 +1184,10 @@
       clearTimeout(tab.retryTimer);
       tab.retryTimer = 0;
       if (tab.role === "leading") tab.role = "waiting";
-      if (tab.link) socketClose(tab.link.socket);
+      const { link } = tab;
+      if (link === null) return;
+      socketClose(link.socket);
+      hangUp(link, 0); // its close event may come much later
     };
     const begin = () => {
       tab.role = "leading";
@@ -1190,6 +1196,24 @@
     };
     if (!navigator.locks) begin();
     else navigator.locks.request(SHARED_NAME, { mode: "exclusive", signal: leaving.signal }, begin).catch(() => {});
+  };
+
+  // The lock goes by who came first. So a tab that could do the work says so while it waits, and a leader that cannot
+  // (its page is at the check still, which the person has passed in the other one) queues again behind it. It goes to
+  // and fro only with the pages themselves: who gives way is not able, and who is not able does not offer.
+
+  /** Whether this page can do the program's work, as far as this tab knows. */
+  const isAble = () => tab.state === "ready" && tab.trouble !== "policy_forbids";
+
+  const offerToLead = () => {
+    if (tab.role === "waiting" && isAble()) between.postMessage({ type: "able" });
+  };
+
+  const giveWay = () => {
+    if (tab.role !== "leading" || isAble() || tab.link?.running) return; // what runs is not cut off
+    stepDown();
+    lead();
+    render();
   };
 
   // ==== Capture ======================================================================================================

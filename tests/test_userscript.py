@@ -1060,6 +1060,91 @@ def test_captures_of_a_tab_that_stands_by_wait_for_the_leader(
     assert len(bridge.connection(before).all("captured")) == 1
 
 
+@pytest.mark.parametrize("check_csp", [False, True], ids=["", "the check forbids the connection"])
+def test_the_tab_in_which_the_check_was_passed_leads(
+    profile: BrowserContext, page: Page, tab: Connection, arena: ArenaProcess, check_csp: bool
+) -> None:
+    arena.switch(check=True, check_csp=check_csp)
+    arena.control("POST", "challenge", {})
+    page.reload()
+    wait_status(page, "verification")
+    second = profile.new_page()
+    second.goto(SITE)
+    wait_status(second, "verification")  # also there, although this tab stands by
+    second.click("#pass-check")
+    second.wait_for_selector("#message")
+    wait_status(second, "ready")
+    eventually(lambda: tab.bridge.connected().state()["state"] == "ready", "the tab that is ready")
+    assert status_of(page) == "verification"
+    page.reload()
+    wait_status(page, "standing_by")
+
+
+HEAR_OFFERS = """() => {
+    window.between = new BroadcastChannel("lmarena_proxy bridge");
+    window.heard = [];
+    between.onmessage = ({ data }) => { heard.push(data.type) };
+}"""
+
+
+def offers(page: Page) -> int:
+    return int(page.evaluate("heard.filter((type) => type === 'able').length"))
+
+
+def test_a_leader_that_is_ready_keeps_the_lead(profile: BrowserContext, page: Page, tab: Connection) -> None:
+    page.evaluate(HEAR_OFFERS)  # made after the script's own channel, so it hears later than that
+    second = profile.new_page()
+    second.goto(SITE)
+    eventually(lambda: offers(page) > 1, "offers of the tab that waits")
+    tab.send(type="ping", t=1)
+    tab.first("pong")
+    assert status_of(page) == "ready"
+    assert status_of(second) == "standing_by"
+
+
+def test_a_leader_gives_way_only_when_nothing_runs(
+    profile: BrowserContext, page: Page, tab: Connection, arena: ArenaProcess
+) -> None:
+    arena.switch(hang_after_lines=2, trouble_times=1)
+    running = tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))
+    eventually(lambda: running.body, "the first bytes")
+    page.evaluate(HEAR_OFFERS)
+    page.evaluate("document.title = 'Just a moment...'")
+    tab.wait_state("verification")
+    second = profile.new_page()
+    second.goto(SITE)
+    eventually(lambda: offers(page) > 1, "offers of the tab that waits")
+    tab.send(type="ping", t=1)
+    tab.first("pong")
+    assert running.outcome is None
+    tab.send(type="abort", id=running.number)
+    assert tab.finish(running).outcome["reason"] == "aborted"  # type: ignore[index]
+    wait_status(second, "ready")
+    assert tab.bridge.connected() is not tab
+    wait_status(page, "verification")
+
+
+def test_tabs_whose_pages_forbid_the_connection_do_not_pass_the_lead_round(
+    profile: BrowserContext, page: Page, arena: ArenaProcess
+) -> None:
+    arena.switch(page_csp=True)
+    sign_in(page)
+    wait_status(page, "policy_forbids")
+    page.evaluate(HEAR_OFFERS)
+    second = profile.new_page()
+    second.goto(SITE)
+    wait_status(second, "policy_forbids")  # it had its turn
+    wait_status(page, "standing_by")
+    second.evaluate(HEAR_OFFERS)
+    for title, status in (("Just a moment...", "verification"), ("Arena", "standing_by")):
+        page.evaluate("title => { document.title = title }", title)
+        wait_status(page, status)  # it has looked at its page, and would have offered by now
+    page.evaluate("between.postMessage({ type: 'last' })")
+    eventually(lambda: second.evaluate("heard.includes('last')"), "the word of the first tab")
+    assert offers(second) == 0
+    assert status_of(second) == "policy_forbids"
+
+
 def test_the_script_comes_back_when_the_program_does(
     page: Page, tab: Connection, bridge: ScriptedBridge
 ) -> None:
