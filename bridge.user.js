@@ -121,8 +121,10 @@
   /** The same without a prototype. @template {object} T @param {T} object @returns {T} */
   const bare = (object) => ({ __proto__: null, ...object });
 
+  // Where a script manager keeps scripts apart from the page, as Firefox lets it, `window` is a view of the page's own:
+  // what a decoder of that window makes of bytes of this script's cannot be read. In the page the two are one.
   const { WebSocket, Request, Response, Headers, ReadableStream, TextDecoder, URL, Uint8Array, AbortController } =
-    window;
+    globalThis;
   const { parse, stringify } = JSON;
   const { assign } = Object;
   const { isInteger } = Number;
@@ -435,9 +437,13 @@
     return Array.from(hash, (byte) => byte.toString(16).padStart(2, "0")).join("");
   };
 
+  /** The window as the page's own scripts see it: Firefox's name for it, where this script is kept apart. */
+  const pageWindow = () => /** @type {any} */ (window).wrappedJSObject ?? window;
+
   /** @param {string | null} userId @returns {[PageState, string]} */
   const pageState = (userId) => {
-    if (document.title === CHECK_TITLE || "_cf_chl_opt" in window) return ["verification", "a human check is due"];
+    const isCheck = document.title === CHECK_TITLE || "_cf_chl_opt" in pageWindow();
+    if (isCheck) return ["verification", "a human check is due"];
     if (document.readyState === "loading") return ["loading", "the page is loading"];
     if (userId !== null) return ["ready", ""];
     return ["sign_in", `the cookie ${tab.authCookie} ${authCookie() === null ? "is missing" : "cannot be read"}`];
@@ -1300,7 +1306,7 @@
   // The page gets the native promise and the native response. Error trackers compare `fetch.toString()` with the
   // native text, and reach for an iframe's fetch where it differs: a bare proxy's text lacks the name.
   const nativeText = Function.prototype.toString.bind(pageFetch);
-  window.fetch = new Proxy(pageFetch, {
+  const heardFetch = new Proxy(pageFetch, {
     apply(target, self, args) {
       let overheard = null;
       let action = null;
@@ -1317,6 +1323,12 @@
     },
     get: (target, name) => (name === "toString" ? nativeText : Reflect.get(target, name)),
   });
+  try {
+    window.fetch = heardFetch;
+  } catch {
+    // Kept apart from the page: its calls are not heard, and all else works.
+    console.info("lmarena_proxy: conversations opened by hand are not noticed: this script may not touch the page");
+  }
 
   // ==== Start ========================================================================================================
 

@@ -27,6 +27,7 @@ from userscript_bridge import (
     hash_of,
     new_ids,
     records_of,
+    script_for,
     sign_in,
     status_of,
     wait_status,
@@ -978,6 +979,41 @@ def test_a_page_that_wraps_everything_reads_nothing(page: Page, tab: Connection,
     assert page.evaluate("leaks.splice(0)") == []
     page.evaluate("secret => void JSON.parse(JSON.stringify([secret]))", secret)
     assert page.evaluate("leaks.length") > 0  # the spies are at work
+
+
+# Chromium's worlds are apart from the page as well, though not as Firefox's are: there the page's `fetch`
+# cannot be replaced, and the page's own names are below `wrappedJSObject`. Both are brought about by hand.
+APART = """
+Object.defineProperty(window, "fetch", { value: window.fetch, writable: false });
+window.wrappedJSObject = {};
+addEventListener("a check appears", () => { window.wrappedJSObject._cf_chl_opt = {}; });
+"""
+
+
+def test_a_script_that_is_kept_apart_from_the_page_relays_all_the_same(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    context = browser.browser.new_context(ignore_https_errors=True)
+    page = context.new_page()
+    said: list[str] = []
+    page.on("console", lambda line: said.append(line.text))
+    source = APART + script_for(bridge)
+    session = context.new_cdp_session(page)
+    session.send("Page.enable")  # without it, no script is evaluated
+    session.send("Page.addScriptToEvaluateOnNewDocument", {"source": source, "worldName": "apart"})
+    page.goto(SITE)
+    bridge.connection().wait_state("sign_in")
+    page.click("#accept-terms")
+    tab = bridge.connection(1)
+    tab.wait_state("ready")
+    wait_status(page, "ready")
+    assert chat(page, "by hand")["status"].startswith("done")
+    assert tab.finish(tab.fetch(CREATE_PATH, create_body(CHAT_MODEL))).outcome == {"type": "end", "id": 1}
+    assert tab.all("captured") == []
+    assert len([line for line in said if "not noticed" in line]) == 2  # once a page
+    page.evaluate("dispatchEvent(new Event('a check appears'))")
+    tab.wait_state("verification")
+    context.close()
 
 
 # ==== Model list ============================================================================================
