@@ -610,6 +610,55 @@ def test_search_and_filters_narrow_the_list_and_the_downloads(board: Board, stag
     board.shows("No request fits these filters.")
 
 
+# The pause after which a search begins ends when a test says so, and with it whatever else waits as long.
+PAUSES = """
+const { setTimeout: later, clearTimeout: forget } = window;
+const paused = new Map();
+window.setTimeout = (task, delay, ...rest) =>
+  delay === 300 ? (paused.set(-paused.size - 1, task), -paused.size) : later(task, delay, ...rest);
+window.clearTimeout = (id) => id < 0 ? paused.set(id, null) : forget(id);
+window.isPausing = () => [...paused.values()].some(Boolean);
+window.endPauses = () => [...paused].forEach(([id, task]) => { paused.set(id, null); task?.(); });
+"""
+
+
+def test_what_is_typed_while_a_search_begins_and_other_filters_stay(board: Board) -> None:
+    page = board.page
+    page.add_init_script(PAUSES)
+    board.open("requests")
+    search, state = page.get_by_role("searchbox"), page.get_by_label("State")
+
+    def pause_over() -> None:
+        eventually(lambda: page.evaluate("isPausing()"), "a search that is about to begin")
+        page.evaluate("endPauses()")
+
+    page.evaluate("endPauses()")
+    search.fill("ne")
+    eventually(lambda: page.evaluate("isPausing()"), "a search that is about to begin")
+    with page.expect_request(lambda request: request.url.endswith("q=ne")):
+        search.evaluate("""box => {
+            endPauses();
+            box.value = "nee";
+            box.dispatchEvent(new InputEvent("input", { bubbles: true }));
+        }""")
+    with page.expect_request(lambda request: request.url.endswith("q=nee")):
+        pause_over()
+    expect(search).to_have_value("nee")
+
+    search.fill("nee ")
+    state.select_option("failed")
+    with page.expect_request(lambda request: "q=nee+" in request.url and "status=failed" in request.url):
+        pause_over()
+    expect(state).to_have_value("failed")
+
+    search.fill("needle")
+    board.button("Clear filters").click()
+    expect(state).to_have_value("")
+    page.evaluate("endPauses()")
+    expect(board.button("Clear filters")).to_have_count(0)
+    expect(search).to_have_value("")
+
+
 def test_a_running_request_is_seen_followed_and_aborted(board: Board, stage: Stage) -> None:
     board.open("requests")
     running = board.page.locator("tbody.b-runnings tr.b-row")

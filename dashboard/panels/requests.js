@@ -122,16 +122,24 @@ function useModelNames() {
   return names.current;
 }
 
-/** @param {{filters: import("./request-list.js").Filters, onFilter: (filters: import("./request-list.js").Filters) => void}} props */
+/** @param {{filters: import("./request-list.js").Filters, onFilter: (change: Partial<import("./request-list.js").Filters>) => void}} props */
 function Toolbar({ filters, onFilter }) {
   const names = useModelNames();
   const [text, setText] = useState(filters.q);
+  const typed = useRef(text); // ahead of what is rendered, and of the search
+  const type = (/** @type {string} */ now) => {
+    typed.current = now;
+    setText(now);
+  };
   useEffect(() => {
     if (text === filters.q) return undefined;
-    const timer = setTimeout(() => onFilter({ ...filters, q: text }), 300);
+    const timer = setTimeout(() => onFilter({ q: typed.current }), 300);
     return () => clearTimeout(timer);
-  }, [text]);
-  useEffect(() => setText(filters.q), [filters.q]);
+  }, [text, filters.q]);
+  const clear = () => {
+    type("");
+    onFilter({ q: "", status: "", model: "" });
+  };
   /** @type {[string, string][]} */
   const statuses = STATUSES.map((status) => [status, /^\d/.test(status) ? status : t(`b.status.${status || "all"}`)]);
   const known = !filters.model || names.includes(filters.model) ? names : [...names, filters.model];
@@ -141,14 +149,14 @@ function Toolbar({ filters, onFilter }) {
   return html`<form class="toolbar b-filters" role="search" aria-label=${t("b.requests.filters")}
     onSubmit=${(/** @type {Event} */ event) => {
       event.preventDefault();
-      onFilter({ ...filters, q: text });
+      onFilter({ q: typed.current });
     }}>
-    <${SearchField} class="b-search" label=${t("b.requests.search")} value=${text} onInput=${setText} />
+    <${SearchField} class="b-search" label=${t("b.requests.search")} value=${text} onInput=${type} />
     <${Select} label=${t("b.requests.status")} value=${filters.status} options=${statuses}
-      onChange=${(/** @type {string} */ status) => onFilter({ ...filters, status })} />
+      onChange=${(/** @type {string} */ status) => onFilter({ status })} />
     <${Select} label=${t("b.requests.model")} value=${filters.model} options=${models}
-      onChange=${(/** @type {string} */ model) => onFilter({ ...filters, model })} />
-    ${isFiltered && html`<${Button} kind="quiet" icon="close" onClick=${() => onFilter({ q: "", status: "", model: "" })}>${t("b.requests.clear")}<//>`}
+      onChange=${(/** @type {string} */ model) => onFilter({ model })} />
+    ${isFiltered && html`<${Button} kind="quiet" icon="close" onClick=${clear}>${t("b.requests.clear")}<//>`}
   </form>`;
 }
 
@@ -196,8 +204,8 @@ export default function Requests() {
     wasOpen.current = connection === "open";
   }, [connection]);
 
-  const onFilter = useCallback((/** @type {import("./request-list.js").Filters} */ filters) => {
-    list.filters = filters;
+  const onFilter = useCallback((/** @type {Partial<import("./request-list.js").Filters>} */ change) => {
+    list.filters = { ...list.filters, ...change };
     list.rows = [];
     list.isLoaded = false;
     list.reload(store.get().ended);
