@@ -953,6 +953,28 @@ def test_the_box_to_try_streams_over_several_turns_and_stops(board: Board, stage
     expect(log.locator("li")).to_have_count(0)
 
 
+def test_an_answer_that_was_cleared_away_writes_into_no_other(board: Board, stage: Stage) -> None:
+    stage.switch(line_delay_seconds=0.2, answers={"*": ["slow "] * 1000})
+    board.open("connect")
+    box = board.page.get_by_label("Message", exact=True)
+    log = board.page.get_by_role("log")
+    turns = log.get_by_role("listitem")
+    expect(board.page.get_by_role("combobox")).not_to_have_value("")
+    box.fill("first")
+    box.press("Enter")
+    expect(turns.last).to_contain_text("slow slow")
+    board.button("Clear").click()
+    box.fill("second")
+    box.press("Enter")
+    eventually(lambda: stage.do(lambda: stage.rig.retries[-2].outcome) == "aborted", "the abort at the arena")
+    expect(turns.last).to_contain_text("slow slow")
+    expect(turns).to_have_count(2)
+    expect(turns.last).to_have_attribute("aria-busy", "true")
+    board.button("Clear").click()
+    eventually(lambda: stage.state()["requests"]["active"] == 0, "both answers are broken off")
+    expect(turns).to_have_count(0)
+
+
 def test_no_model_can_be_named_before_the_list_has_come(board: Board) -> None:
     held: list[Route] = []
     board.context.route("**/v1/models", lambda route: held.append(route))

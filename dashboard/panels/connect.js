@@ -45,19 +45,17 @@ function changed() {
   });
 }
 
-/** @param {Partial<Turn>} change to the last turn, which becomes another object */
-function amend(change) {
-  const last = /** @type {Turn} */ (chat.turns.at(-1));
-  chat.turns = [...chat.turns.slice(0, -1), { ...last, ...change }];
-  changed();
-}
-
-/** @param {Partial<Turn>} turn */
+/** @param {Partial<Turn>} turn @returns {(change: Partial<Turn>) => void} makes it another one, as long as it is there */
 function add(turn) {
+  const id = ++chat.count;
   chat.turns = [
     ...chat.turns,
-    { id: ++chat.count, role: "user", text: "", reasoning: "", model: "", state: "done", problem: "", ...turn },
+    { id, role: "user", text: "", reasoning: "", model: "", state: "done", problem: "", ...turn },
   ];
+  return (change) => {
+    chat.turns = chat.turns.map((each) => (each.id === id ? { ...each, ...change } : each));
+    changed();
+  };
 }
 
 /**
@@ -72,7 +70,7 @@ const isSaid = (turn, index, turns) => !!turn.text && turn.state !== "failed" &&
 async function send(text, model) {
   add({ role: "user", text });
   const messages = chat.turns.filter(isSaid).map(({ role, text: content }) => ({ role, content }));
-  add({ role: "assistant", model, state: "running" });
+  const amend = add({ role: "assistant", model, state: "running" });
   changed();
   const control = (chat.control = new AbortController());
   let said = "";
