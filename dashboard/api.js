@@ -55,14 +55,19 @@ export function address(path) {
  * One request with the key. An answer that is an error is thrown as ApiError; a signal's abort as its own AbortError.
  * @param {string} method
  * @param {string} path
- * @param {{body?: any, headers?: Record<string, string>, signal?: AbortSignal}} [more]
+ * @param {{body?: any, headers?: Record<string, string>, signal?: AbortSignal, key?: string}} [more]
+ *   `key`: to be tried in place of the tab's
  * @returns {Promise<Response>}
  */
 export async function ask(method, path, more = {}) {
-  const headers = { ...more.headers };
-  const key = getKey();
-  if (key) headers["Authorization"] = `Bearer ${key}`;
-  if (more.body !== undefined) headers["Content-Type"] = "application/json";
+  const headers = new Headers(more.headers);
+  const key = more.key ?? getKey();
+  try {
+    if (key) headers.set("Authorization", `Bearer ${key}`);
+  } catch {
+    throw refused(new ApiError("A key of such characters cannot be sent.", "invalid_api_key", 401));
+  }
+  if (more.body !== undefined) headers.set("Content-Type", "application/json");
   let response;
   try {
     response = await fetch(address(path), {
@@ -86,8 +91,15 @@ export async function ask(method, path, more = {}) {
   } catch {
     // Not the program's own answer: a proxy's page, for instance.
   }
-  if (response.status === 401) refusedListeners.forEach((listener) => listener());
-  throw new ApiError(error?.message ?? `${response.status} ${response.statusText}`, error?.code ?? "", response.status);
+  const { status, statusText } = response;
+  const problem = new ApiError(error?.message ?? `${status} ${statusText}`, error?.code ?? "", status);
+  throw status === 401 ? refused(problem) : problem;
+}
+
+/** @param {ApiError} problem with the key @returns {ApiError} the same, once all are told */
+function refused(problem) {
+  refusedListeners.forEach((listener) => listener());
+  return problem;
 }
 
 /**

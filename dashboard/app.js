@@ -1,7 +1,7 @@
 // @ts-check
 // The shell around the panels: where one is, how the program is, what the person must do, and the key.
 
-import { ApiError, call, onRefused, setKey } from "./api.js";
+import { ApiError, ask, onRefused, setKey } from "./api.js";
 import { follow, restart, retryNow } from "./feed.js";
 import { hasText, t, useLanguage } from "./i18n.js";
 import Now from "./panels/now.js";
@@ -193,13 +193,12 @@ function KeyPrompt() {
     event.preventDefault();
     const key = field.current?.value.trim() ?? "";
     if (!key) return;
-    setKey(key);
     try {
-      await call("GET", "/api/settings");
+      await (await ask("GET", "/api/settings", { key })).text();
+      setKey(key);
       restart();
     } catch (problem) {
       const status = problem instanceof ApiError ? problem.status : -1;
-      if (status === 401) setKey("");
       setError(status === 401 ? t("key.wrong") : status === 0 ? t("ui.no_answer") : String(problem));
       field.current?.select();
     }
