@@ -3,6 +3,7 @@
 
 import { call } from "./api.js";
 import { formatAgo, formatDateTime, formatDuration, hasText, NONE, t } from "./i18n.js";
+import { useStore } from "./store.js";
 import { html, memo, useCallback, useEffect, useId, useRef, useState } from "./vendor/preact-htm.js";
 
 // ------------------------------------------------------------------------------------------------ icons
@@ -463,7 +464,8 @@ export function sortBy(list, of, descending) {
 // ------------------------------------------------------------------------------------------------ hooks
 
 /**
- * What the program answers, asked anew every so often while the panel is shown and the page is looked at.
+ * What the program answers, asked anew every so often while the panel is shown and the page is looked at, and once
+ * the program is back: it may have been started with other settings.
  * @param {string|null} path null: not now
  * @param {number} [seconds] 0: once
  * @returns {{data: any, error: any, isLoading: boolean, reload: () => void}}
@@ -498,6 +500,12 @@ export function usePolled(path, seconds = 0) {
     };
   }, [path, seconds, round]);
   const reload = useCallback(() => setRound((count) => count + 1), []);
+  const isOpen = useStore((state) => state.connection === "open");
+  const wasOpen = useRef(isOpen);
+  useEffect(() => {
+    if (isOpen && !wasOpen.current) reload();
+    wasOpen.current = isOpen;
+  }, [isOpen]);
   const { data, error, isLoading } = result;
   return result.path === path ? { data, error, isLoading, reload } : { data: null, error: null, isLoading: true, reload };
 }

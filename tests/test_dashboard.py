@@ -1145,11 +1145,17 @@ def test_the_page_finds_the_program_again_after_a_restart(browser: Browser, tmp_
         board.expected = "Failed to load resource|ERR_"
         board.open("requests")
         board.shows("Connected")
+        settings = board.context.new_page()
+        settings.goto(f"{board.url}/#/settings")
+        person_wait = settings.locator(".setting", has_text="person_wait_seconds").locator("dd").first
+        expect(person_wait).to_contain_text("120")
         first.kill()
         board.shows("Not connected")
+    write_config(directory, {"models": {"include": [CLAUDE]}, "requests": {"person_wait_seconds": 77}})
     with Terminal(directory, *arguments):
         eventually(is_up, "the program again")
         board.shows("Connected")
+        expect(person_wait).to_contain_text("77")
         body = {"model": CLAUDE, "messages": [{"role": "user", "content": "after the restart"}]}
         answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
         link = board.rows().first.get_by_role("link")
