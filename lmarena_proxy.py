@@ -1210,11 +1210,11 @@ class AnswerRequest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def parameters(self) -> dict[str, object]:
         """What was asked for beside model and messages, as the client may say it again."""
-        names = ("n", "stream", "stop", "max_tokens", "max_completion_tokens")
-        given = {name: getattr(self, name) for name in names}
+        names = ("stream", "stop", "max_tokens", "max_completion_tokens")
+        given = {"n": self.n if self.n > 1 else None, **{name: getattr(self, name) for name in names}}
         given["stream_options"] = {"include_usage": True} if self.include_usage else None
         given["response_format"] = self.image_format
-        return {name: value for name, value in given.items() if value not in (None, False, ()) and value != 1}
+        return {name: value for name, value in given.items() if value not in (None, False, ())}
 
     @property
     def images(self) -> dict[str, int]:

@@ -779,6 +779,18 @@ def test_the_copied_curl_command_works_in_a_shell(board: Board, stage: Stage, te
     assert first["parameters"] == second["parameters"]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_copied_curl_command_of_a_stream_streams(board: Board, stage: Stage) -> None:
+    request_id = stage.ask_id(stream=True, stream_options={"include_usage": True})
+    board.open(f"requests/{request_id}")
+    board.button("Copy as curl").click()
+    board.shows("Copied")
+    command = board.clipboard()
+    run = subprocess.run(["sh", "-s"], input=command, capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.startswith("data: "), run.stdout
+    assert run.stdout.endswith("data: [DONE]\n\n")
+
+
 def test_an_unknown_request_is_said_to_be_unknown(board: Board) -> None:
     board.expected = "404"
     board.open("requests/req_unknown")

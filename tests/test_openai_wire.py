@@ -211,6 +211,13 @@ def test_parameters_that_have_an_effect_are_not_called_ignored() -> None:
     assert chat(**parameters, stream_options={"include_usage": True}).ignored == ()
 
 
+def test_the_parameters_of_a_request_can_be_said_again() -> None:
+    given = {"stream": True, "stop": ["x"], "max_tokens": 1, "max_completion_tokens": 1}
+    given["stream_options"] = {"include_usage": True}
+    assert json.loads(json.dumps(chat(**given, n=1).parameters)) == given
+    assert chat(n=2, stream=False).parameters == {"n": 2}
+
+
 def test_every_parameter_with_an_effect_is_read() -> None:
     read = chat(
         n=3,
