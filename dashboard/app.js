@@ -26,7 +26,12 @@ const loaded = new Map([["now", Now]]);
 /** The panel and what it is asked for: "#/requests/req_1" is the panel "request" with the id "req_1". */
 function readRoute() {
   const [name = "", ...rest] = location.hash.replace(/^#\/?/, "").split("?")[0].split("/");
-  const id = decodeURIComponent(rest.join("/"));
+  let id = rest.join("/");
+  try {
+    id = decodeURIComponent(id);
+  } catch {
+    // A damaged link: as it stands.
+  }
   if (name === "requests" && id) return { panel: "request", id };
   return { panel: NAVIGATION.includes(name) ? name : "now", id: "" };
 }

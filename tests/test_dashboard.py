@@ -795,6 +795,9 @@ def test_an_unknown_request_is_said_to_be_unknown(board: Board) -> None:
     board.expected = "404"
     board.open("requests/req_unknown")
     board.shows("There is no request req_unknown in the store.")
+    board.open("requests/%zz")  # a damaged link
+    board.page.reload()
+    board.shows("There is no request %zz in the store.")
 
 
 # ── Over time ───────────────────────────────────────────────────────────────────────────────────────────────
