@@ -496,6 +496,17 @@ def test_the_run_is_started_stopped_and_retried_from_the_page(
         board.close()
 
 
+def test_the_question_counts_what_is_missing_at_that_moment(board: Board, stage: Stage) -> None:
+    board.open("now")
+    tell = "async (change) => (await import('/dashboard/store.js')).store.applyChange(change)"
+    state = stage.state()
+    pool = next(pool for pool in state["pool"] if pool["model"] == CLAUDE)
+    board.page.evaluate(tell, {"bootstrap": state["bootstrap"] | {"phase": "confirm"}})
+    for missing in (3, 2):
+        board.page.evaluate(tell, {"pool": [pool | {"missing": missing}]})
+        expect(board.button(re.compile(f"Open {missing} conversations"), exact=False)).to_be_visible()
+
+
 def test_one_model_is_opened_by_its_name(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> None:
     with Stage(tmp_path_factory.mktemp("one"), models=(CLAUDE, DEEPSEEK)) as stage:
         board = Board(browser, stage.url)

@@ -3,7 +3,7 @@
 
 import { call } from "../api.js";
 import { formatDuration, formatNumber, formatPercent, hasText, t } from "../i18n.js";
-import { store, useStore } from "../store.js";
+import { useStore } from "../store.js";
 import {
   attempt, Badge, Button, Elapsed, Icon, Id, More, Stat, usePolled, useTicking,
 } from "../ui.js";
@@ -148,15 +148,18 @@ const start = (models) =>
 const abort = () => attempt(() => call("POST", "/api/bootstrap", { action: "abort" }));
 
 /** What a run would open: what the pools lack of conversations that can be used now. */
-function planOf() {
-  let models = 0;
-  let conversations = 0;
-  for (const entry of store.get().pool.values()) {
-    if (entry.requires_image || !entry.missing) continue;
-    models += 1;
-    conversations += entry.missing;
-  }
-  return { conversations, models };
+function usePlan() {
+  const pool = useStore((state) => state.pool);
+  return useMemo(() => {
+    let models = 0;
+    let conversations = 0;
+    for (const entry of pool.values()) {
+      if (entry.requires_image || !entry.missing) continue;
+      models += 1;
+      conversations += entry.missing;
+    }
+    return { conversations, models };
+  }, [pool]);
 }
 
 function BootstrapCard() {
@@ -212,7 +215,7 @@ function Settling({ bootstrap, isReady }) {
 }
 
 function Question() {
-  const plan = planOf();
+  const plan = usePlan();
   return html`
     <p class="question">${t("boot.plan", plan)}</p>
     <div class="row">
@@ -268,8 +271,7 @@ function Run({ bootstrap }) {
 
 /** @param {{bootstrap: import("../store.js").Bootstrap, isReady: boolean}} props */
 function Result({ bootstrap, isReady }) {
-  useStore((state) => state.pool);
-  const { conversations, models } = planOf();
+  const { conversations, models } = usePlan();
   return html`
     ${bootstrap.planned > 0 && html`<${Progress} bootstrap=${bootstrap} />`}
     ${bootstrap.planned === 0 && html`<p class="muted">${t(`boot.${bootstrap.phase}_text`)}</p>`}
