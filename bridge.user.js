@@ -1138,6 +1138,8 @@
   };
 
   let diagnosing = false;
+  /** One is enough: each query gives another. @type {PermissionStatus | null} */
+  let watched = null;
 
   /** Finds out why the connection did not open. Neither the WebSocket nor the program can tell.
    * @param {boolean} hasAsked whether it took so long that the browser has asked the person */
@@ -1159,7 +1161,10 @@
       }
     }
     diagnosing = false;
-    if (permission) permission.onchange = retryNow;
+    if (permission && !watched) {
+      watched = permission;
+      permission.onchange = retryNow;
+    }
     tab.trouble = "not_running";
     if (permission?.state === "denied") tab.trouble = "permission_denied";
     if (permission?.state === "prompt" && hasAsked) tab.trouble = "permission_prompt"; // closed without an answer

@@ -1346,6 +1346,24 @@ def test_the_permission_is_known_by_any_of_its_names(
         assert words in said(page)
 
 
+def test_a_change_of_the_permission_is_watched_once(
+    browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
+) -> None:
+    counting = """window.watchers = window.asked = 0;
+        navigator.permissions.query = async () => {
+          window.asked += 1;
+          return { state: "granted", set onchange(_) { window.watchers += 1; } };
+        };"""
+    bridge.stop()
+    with browser.profile(bridge, counting) as profile:
+        page = profile.new_page()
+        sign_in(page)
+        wait_status(page, "not_running")
+        eventually(lambda: page.evaluate("dispatchEvent(new Event('online')) && asked > 2"), "further tries")
+        wait_status(page, "not_running")
+        assert page.evaluate("watchers") == 1
+
+
 def test_the_badge_has_the_words_of_firefox(
     browser: UserscriptBrowser, arena: ArenaProcess, bridge: ScriptedBridge
 ) -> None:
