@@ -206,10 +206,14 @@ HERE = Path(__file__).resolve().parent
 
 
 class ConfigError(Exception):
-    """A start that cannot be: names the key, the value found, and what was expected instead."""
+    """A start that cannot be: names the key, the value found (no secret), and what was expected instead."""
 
     def __init__(self, key: str, value: object, expected: str) -> None:
-        super().__init__(f"{key} = {value!r}: expected {expected}")
+        if key == "server.api_key":
+            state = "not set" if value == "" else "set"
+            super().__init__(f"{key} ({state}): expected {expected}")
+        else:
+            super().__init__(f"{key} = {value!r}: expected {expected}")
         self.key, self.value, self.expected = key, value, expected
 
 
@@ -5345,6 +5349,9 @@ CHINESE = {
     # A start that cannot be
     "Cannot start: {cause}": "无法启动：{cause}",
     "{key} = {value}: expected {expected}": "{key} = {value}：应为{expected}",
+    "{key} ({state}): expected {expected}": "{key}（{state}）：应为{expected}",
+    "set": "已设置",
+    "not set": "未设置",
     "nothing, as there is no such key (config.toml has them all)": "空，因为没有这个键（全部见 config.toml）",
     "a path under {prefixes}": "位于 {prefixes} 之下的路径",
     "a path under {prefixes} with {names}": "位于 {prefixes} 之下、含有 {names} 的路径",
@@ -8524,14 +8531,15 @@ def ask_running(config: Config) -> FeedDocument | None:
     """
     server = config.server
     url = f"http://{_reachable(server.host)}:{server.port}/api/state"
-    headers = {"authorization": f"Bearer {server.api_key}"}
+    # As bytes, for it may have any characters; and the library takes no header that ends in a space.
+    headers = {b"authorization": f"Bearer {server.api_key}".encode()} if server.api_key else {}
     try:
         document = _object(httpx.get(url, headers=headers, timeout=5, trust_env=False).json())
     except (httpx.HTTPError, ValueError):
         return None
     if _object(document.get("error")).get("code") == "invalid_api_key":
         wanted = f"the key of the copy of the program that runs at port {server.port}"
-        raise ConfigError("server.api_key", "set" if server.api_key else "", wanted)
+        raise ConfigError("server.api_key", server.api_key, wanted)
     is_ours = {"version", "bridges", "bootstrap", "pool"} <= document.keys()
     return document | {"is_running": True} if is_ours else None
 

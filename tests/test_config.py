@@ -95,6 +95,11 @@ def test_a_wrong_setting_is_named_with_value_and_expectation(
     assert repr(value) in str(error)
 
 
+def test_a_key_that_is_wrong_is_not_shown(tmp_path: Path) -> None:
+    error = refusal("[server]\napi_key = 12345", tmp_path)
+    assert str(error) == "server.api_key (set): expected str, got int"
+
+
 @pytest.mark.parametrize("name", ['"a.b"', '"a[0]"', '""', '"`"', '"naïve key"'])
 def test_an_unknown_key_may_have_any_name(name: str, tmp_path: Path) -> None:
     for text in (f"{name} = 1", f"[server]\n{name} = 1"):
@@ -293,7 +298,8 @@ def try_out(read: Callable[[], Config]) -> Config | None:
     except ConfigError as error:
         refused = error
     assert refused.expected
-    assert f"{refused.key} = " in str(refused)
+    mark = "(" if refused.key == "server.api_key" else "="
+    assert f"{refused.key} {mark}" in str(refused)
     return None
 
 

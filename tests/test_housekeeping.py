@@ -645,8 +645,26 @@ async def test_a_copy_that_runs_is_asked(nursery: trio.Nursery, tmp_path: Path) 
     tables["server"]["api_key"] = "wrong"
     code, output = await ask_doctor(tmp_path, tables, 0.3)
     assert code == 2
-    assert "✗ Cannot start: server.api_key = 'set': expected the key of the copy" in output
+    assert "✗ Cannot start: server.api_key (set): expected the key of the copy" in output
     assert "wrong" not in output
+
+    tables["server"]["api_key"] = ""
+    code, output = await ask_doctor(tmp_path, tables, 0.3)
+    assert code == 2
+    assert "✗ Cannot start: server.api_key (not set): expected the key of the copy" in output
+
+
+@pytest.mark.parametrize("key", ["", "a key: Schlüssel, 钥匙"])
+async def test_a_copy_that_runs_is_asked_whatever_its_key(
+    key: str, nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(
+        nursery, tmp_path, models=(CLAUDE,), tables={"server": {"api_key": key}}, connected=False
+    )
+    port = int(rig.url.rpartition(":")[2])
+    code, output = await ask_doctor(tmp_path, {"server": {"port": port, "api_key": key}}, 0)
+    assert "a copy of the program runs here, version 1.0.0" in findings(output)["server.port"][1]
+    assert code == 1
 
 
 async def test_another_program_at_the_port_is_a_start_that_cannot_be(patient: Patient) -> None:
