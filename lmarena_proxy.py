@@ -472,6 +472,16 @@ def _check_network(text: str) -> None:
         raise ConfigError("media.allowed_networks", text, wanted)
 
 
+def _overlap(one: str, other: str) -> bool:
+    """Whether a port that is listened at under one host is taken under the other."""
+    names = {"": ("0.0.0.0", "::"), "localhost": ("127.0.0.1", "::1")}
+    for pair in itertools.product(names.get(one, (one,)), names.get(other, (other,))):
+        is_same_family = (":" in pair[0]) == (":" in pair[1])
+        if pair[0] == pair[1] or (is_same_family and {"0.0.0.0", "::"} & {*pair}):
+            return True
+    return False
+
+
 def parse_config(tables: dict[str, Any]) -> Config:
     """Check the tables of a config file.
 
@@ -484,6 +494,9 @@ def parse_config(tables: dict[str, Any]) -> Config:
     for section, host in (("server", config.server.host), ("bridge", config.bridge.host)):
         if host not in LOOPBACK_HOSTS and not config.server.api_key:
             raise ConfigError(f"{section}.host", host, "a loopback address, or server.api_key set beside it")
+    port = config.bridge.port
+    if port and port == config.server.port and _overlap(config.server.host, config.bridge.host):
+        raise ConfigError("bridge.port", port, "another port than server.port (--port, --bridge-port)")
     _check_path("arena.create_path", config.arena.create_path)
     _check_path("arena.retry_path", config.arena.retry_path, "{session_id}", "{message_id}")
     for network in config.media.allowed_networks:
@@ -5359,6 +5372,9 @@ CHINESE = {
         "网络，例如 198.18.0.0/15，不能是环回或链路本地地址"
     ),
     "a loopback address, or server.api_key set beside it": "环回地址，否则须同时设置 server.api_key",
+    "another port than server.port (--port, --bridge-port)": (
+        "与 server.port 不同的端口（--port，--bridge-port）"
+    ),
     "a TOML file": "一个 TOML 文件",
     "a readable UTF-8 file": "一个可读的 UTF-8 文件",
     "a readable list of models ({error})": "一个可读的模型列表（{error}）",
@@ -8387,6 +8403,8 @@ def look_at_files(config: Config, directory: Path) -> Iterator[tuple[str, str]]:
     for alias in catalog.dangling_aliases():
         yield "alias", f"{alias} stands for {config.models.aliases[alias]}, which is none of them"
     path, sessions = look_at_store(directory / config.storage.path)
+    with hold_store(directory / config.storage.path):
+        pass  # No other copy has it.
     yield "store", f"{path} holds {sessions} conversations"
 
 

@@ -147,6 +147,34 @@ def test_listening_beyond_loopback_needs_a_key(section: str, host: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("api", "bridge"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "::1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::1", "::"),
+        ("", "192.168.1.2"),
+    ],
+)
+def test_one_port_is_not_listened_at_twice(api: str, bridge: str) -> None:
+    server = {"api_key": "secret", "host": api, "port": 9081}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"server": server, "bridge": {"host": bridge}})
+    assert (caught.value.key, caught.value.value) == ("bridge.port", 9081)
+    # The system chooses two different ones.
+    chosen = {"server": server | {"port": 0}, "bridge": {"host": bridge, "port": 0}}
+    assert parse_config(chosen).bridge.port == 0
+
+
+@pytest.mark.parametrize(
+    ("api", "bridge"), [("127.0.0.1", "::1"), ("0.0.0.0", "::1"), ("127.0.0.1", "192.168.1.2")]
+)
+def test_hosts_that_do_not_meet_may_have_the_same_port(api: str, bridge: str) -> None:
+    server = {"api_key": "secret", "host": api, "port": 9081}
+    assert parse_config({"server": server, "bridge": {"host": bridge}}).bridge.port == 9081
+
+
+@pytest.mark.parametrize(
     "network", ["198.18.0.0/15", "10.0.0.0/8", "192.168.1.5", "fd00::/8", "64:ff9b::/96"]
 )
 def test_a_network_may_be_fetched_from(network: str) -> None:

@@ -533,6 +533,16 @@ def test_check_examines_the_start_and_exits(tmp_path: Path) -> None:
     assert run_to_end(tmp_path, "--check", "--config", str(config)).returncode == 2
 
 
+def test_check_finds_that_another_copy_uses_the_store(tmp_path: Path) -> None:
+    write_models(tmp_path, (CLAUDE,))
+    arguments = ("--check", "--config", str(write_config(tmp_path, {})), "--port", "0", "--bridge-port", "0")
+    with lmarena_proxy.hold_store(tmp_path / "state"):
+        done = run_to_end(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert "no other copy of the program uses now" in done.stdout
+    assert run_to_end(tmp_path, *arguments).returncode == 0
+
+
 @pytest.mark.parametrize("options", [(), ("-X", "dev"), ("-m",), ("-m", "cProfile", "-o", os.devnull)])
 def test_it_begins_as_a_script_a_module_and_under_a_profiler(options: tuple[str, ...]) -> None:
     name = "lmarena_proxy" if options == ("-m",) else "lmarena_proxy.py"
