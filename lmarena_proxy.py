@@ -5390,6 +5390,17 @@ CHINESE = {
         "没有被本程序另一个副本占用的存储：请结束那个副本，或为这一个另设存储"
     ),
     "a port that can be listened at ({error})": "可以监听的端口（{error}）",
+    (
+        "a free port, but it is in use, perhaps by another copy of the program: end that, or choose "
+        "another with --port"
+    ): "空闲的端口，但它已被占用，可能是本程序的另一个副本：请结束它，或用 --port 另选端口",
+    (
+        "a free port, but it is in use, perhaps by another copy of the program: end that, or choose "
+        "another with --bridge-port and install the userscript anew (it has the port in it)"
+    ): (
+        "空闲的端口，但它已被占用，可能是本程序的另一个副本：请结束它，"
+        "或用 --bridge-port 另选端口并重新安装用户脚本（端口写在脚本中）"
+    ),
     "a file that exists": "一个存在的文件",
     "a number of days above 0": "大于 0 的天数",
     "a file that can be written ({error})": "一个可写的文件（{error}）",
@@ -8214,6 +8225,25 @@ EXIT_OK, EXIT_NEEDS_PERSON, EXIT_CANNOT_START, EXIT_FORCED = 0, 1, 2, 130
 PRUNE_INTERVAL_SECONDS = 6 * 3600
 
 
+def _refusal(key: str, port: int, error: OSError) -> ConfigError:
+    """Why a port cannot be listened at, and what to do."""
+    if error.errno != errno.EADDRINUSE:
+        # Some Pythons repeat the address behind the system's word.
+        word = (error.strerror or str(error)).partition(" (while ")[0]
+        return ConfigError(key, port, f"a port that can be listened at ({word})")
+    if key == "bridge.port":
+        wanted = (
+            "a free port, but it is in use, perhaps by another copy of the program: end that, or choose "
+            "another with --bridge-port and install the userscript anew (it has the port in it)"
+        )
+    else:
+        wanted = (
+            "a free port, but it is in use, perhaps by another copy of the program: end that, or choose "
+            "another with --port"
+        )
+    return ConfigError(key, port, wanted)
+
+
 async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..., Awaitable[Any]]) -> Any:
     try:
         return await nursery.start(serve)
@@ -8221,7 +8251,7 @@ async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..
         refusals = [leaf for leaf in leaves(error) if isinstance(leaf, OSError)]
         if not refusals:
             raise
-        raise ConfigError(key, port, f"a port that can be listened at ({refusals[0].strerror})") from None
+        raise _refusal(key, port, refusals[0]) from None
 
 
 def _reachable(host: str) -> str:
@@ -8414,7 +8444,7 @@ def try_port(key: str, host: str, port: int) -> tuple[str, str]:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise ConfigError(key, port, f"a port that can be listened at ({error.strerror})") from None
+        raise _refusal(key, port, error) from None
     return key, f"{host}:{port} is free"
 
 

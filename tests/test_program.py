@@ -1,6 +1,7 @@
 """The whole program as a person meets it: a process in a terminal, the stand-in arena and a tab beside it."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -493,8 +494,11 @@ def test_a_wrong_setting_ends_the_start_with_one_clear_line(
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize("chore", [(), ("--check",)])
 @pytest.mark.parametrize(("option", "key"), [("--port", "server.port"), ("--bridge-port", "bridge.port")])
-def test_a_port_in_use_ends_the_start_with_one_clear_line(tmp_path: Path, option: str, key: str) -> None:
+def test_a_port_in_use_ends_the_start_with_one_clear_line(
+    tmp_path: Path, option: str, key: str, chore: tuple[str, ...]
+) -> None:
     write_models(tmp_path, (CLAUDE,))
     config = write_config(tmp_path, {})
     with socket.socket() as taken:
@@ -502,11 +506,25 @@ def test_a_port_in_use_ends_the_start_with_one_clear_line(tmp_path: Path, option
         taken.listen()
         port = str(taken.getsockname()[1])
         other = "--bridge-port" if option == "--port" else "--port"
-        done = run_to_end(tmp_path, "--config", str(config), option, port, other, "0")
+        done = run_to_end(tmp_path, "--config", str(config), option, port, other, "0", *chore)
     assert done.returncode == 2
-    [line] = (done.stdout + done.stderr).strip().splitlines()
-    assert line.startswith(f"Cannot start: {key} = {port}")
-    assert "in use" in line
+    assert chore or len(done.stdout.splitlines()) == 1
+    line = done.stdout.splitlines()[-1]
+    assert line.startswith(f"Cannot start: {key} = {port}: expected a free port, but it is in use")
+    assert f"choose another with {option}" in line
+    assert ("userscript" in line) == (option == "--bridge-port")
+    assert port not in line.partition("expected")[2]
+
+
+@pytest.mark.parametrize("chore", [(), ("--check",)])
+def test_why_a_port_cannot_be_had_is_said_once(tmp_path: Path, chore: tuple[str, ...]) -> None:
+    write_models(tmp_path, (CLAUDE,))
+    # An address of documents, which no machine has.
+    config = write_config(tmp_path, {"server": {"host": "192.0.2.1", "api_key": "k"}, "bridge": {"port": 0}})
+    done = run_to_end(tmp_path, "--config", str(config), *chore)
+    assert done.returncode == 2
+    wanted = f"a port that can be listened at ({os.strerror(errno.EADDRNOTAVAIL)})"
+    assert done.stdout.splitlines()[-1] == f"Cannot start: server.port = 9080: expected {wanted}"
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
