@@ -217,6 +217,14 @@ class ConfigError(Exception):
         self.key, self.value, self.expected = key, value, expected
 
 
+class PartMissing(ConfigError):
+    """A start without a file of the program's own."""
+
+    def __init__(self, name: str) -> None:
+        Exception.__init__(self, f"{name} not found beside lmarena_proxy.py: take the whole repository")
+        self.key, self.value, self.expected = name, None, "the whole repository"
+
+
 class ApiError(Exception):
     """A failure a client is told about, in OpenAI's terms.
 
@@ -5361,6 +5369,9 @@ CHINESE = {
     ),
     # A start that cannot be
     "Cannot start: {cause}": "无法启动：{cause}",
+    "{names} not found beside lmarena_proxy.py: take the whole repository": (
+        "lmarena_proxy.py 旁边没有 {names}：请使用整个仓库"
+    ),
     "{key} = {value}: expected {expected}": "{key} = {value}：应为{expected}",
     "{key} ({state}): expected {expected}": "{key}（{state}）：应为{expected}",
     "set": "已设置",
@@ -8374,6 +8385,10 @@ class Program:
 # requests away, models.json anew.
 
 
+# What it serves to browsers.
+PARTS = ("bridge.user.js", "dashboard/index.html")
+
+
 @contextmanager
 def hold_store(directory: Path) -> Iterator[None]:
     """Keep other copies of the program off a store while this one runs. Raises ConfigError."""
@@ -8408,6 +8423,12 @@ def prune(config: Config, directory: Path, console: Console) -> None:
     console.say(f"{place}: {count} requests that were older than {days:g} days are gone")
 
 
+def look_for_parts(*names: str) -> None:
+    """Raises PartMissing unless these stand beside the program."""
+    if missing := [name for name in names if not (HERE / name).exists()]:
+        raise PartMissing(", ".join(missing))
+
+
 def look_at_store(directory: Path) -> tuple[Path, int]:
     """The store's file and how many conversations it holds. Raises ConfigError when it cannot be used."""
     path = directory / "lmarena_proxy.sqlite3"
@@ -8427,6 +8448,7 @@ def look_at_store(directory: Path) -> tuple[Path, int]:
 
 def look_at_files(config: Config, directory: Path) -> Iterator[tuple[str, str]]:
     """What configuration, models and store are like. Raises ConfigError for the first thing wrong."""
+    look_for_parts(*PARTS)
     yield "configuration", f"{directory}: every key is known and in range"
     catalog = read_catalog(directory / config.models.path, config.models)
     yield "models", f"{len(catalog)} of {config.models.path} are served"
@@ -9248,6 +9270,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.import_sessions:
             import_sessions(config, directory, options, console)
             return EXIT_OK
+        look_for_parts(*PARTS, *(["demo/arena.py"] if options.demo else []))
         log.addHandler(ConsoleHandler(screen, console.translate))
         # The stand-in's conversations have no place in the real store.
         place = tempfile.TemporaryDirectory(prefix="lmarena-proxy-demo-") if options.demo else nullcontext()

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -525,6 +526,31 @@ def test_why_a_port_cannot_be_had_is_said_once(tmp_path: Path, chore: tuple[str,
     assert done.returncode == 2
     wanted = f"a port that can be listened at ({os.strerror(errno.EADDRNOTAVAIL)})"
     assert done.stdout.splitlines()[-1] == f"Cannot start: server.port = 9080: expected {wanted}"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("bridge.user.js", ()),
+        ("bridge.user.js", ("--check",)),
+        ("dashboard/index.html", ()),
+        ("dashboard/index.html", ("--doctor", "0")),
+        ("demo/arena.py", ("--demo",)),
+    ],
+)
+def test_a_program_that_is_not_whole_says_so_in_one_line(
+    tmp_path: Path, missing: str, arguments: tuple[str, ...]
+) -> None:
+    for name in {"bridge.user.js", "dashboard/index.html", "demo/arena.py"} - {missing}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "lmarena_proxy.py", tmp_path)
+    write_models(tmp_path, (CLAUDE,))
+    command = [sys.executable, "lmarena_proxy.py", "--port", "0", "--bridge-port", "0", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    said = f"Cannot start: {missing} not found beside lmarena_proxy.py: take the whole repository"
+    assert (done.returncode, done.stderr) == (2, "")
+    assert [line.removeprefix("✗ ") for line in done.stdout.splitlines()][-1:] == [said]
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
