@@ -480,6 +480,31 @@ def _check_network(text: str) -> None:
         raise ConfigError("media.allowed_networks", text, wanted)
 
 
+# As browsers write it. `null` and `file://` are the origins of files.
+_CORS_ORIGIN = re.compile(
+    r"\*|null|file://|[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
+)
+_BRIDGE_ORIGIN = re.compile(
+    r"(?:[a-z][a-z0-9+.-]*|\*)://(?:[a-z0-9._*-]+|\[[0-9a-f:.]+\])(?::(?:[0-9]{1,5}|\*))?", re.IGNORECASE
+)
+_BASE_URL = re.compile(r"(?:https?://[^\s/?#]+(?:/[^\s?#]*)?)?", re.IGNORECASE)
+
+
+def _check_addresses(config: Config) -> None:
+    """What never matches, or cannot be opened, is found here and not by the person."""
+    for origin in config.server.cors_origins:
+        if not _CORS_ORIGIN.fullmatch(origin):
+            wanted = "origins such as http://localhost:3000, in lower case and without a path, or *"
+            raise ConfigError("server.cors_origins", origin, wanted)
+    for origin in config.bridge.allowed_origins:
+        if not _BRIDGE_ORIGIN.fullmatch(origin):
+            wanted = "origins such as https://*.lmarena.ai, without a path"
+            raise ConfigError("bridge.allowed_origins", origin, wanted)
+    if not _BASE_URL.fullmatch(config.media.base_url):
+        wanted = "an address such as http://nas.local:9080"
+        raise ConfigError("media.base_url", config.media.base_url, wanted)
+
+
 def _overlap(one: str, other: str) -> bool:
     """Whether a port that is listened at under one host is taken under the other."""
     names = {"": ("0.0.0.0", "::"), "localhost": ("127.0.0.1", "::1")}
@@ -502,6 +527,10 @@ def parse_config(tables: dict[str, Any]) -> Config:
     for section, host in (("server", config.server.host), ("bridge", config.bridge.host)):
         if host not in LOOPBACK_HOSTS and not config.server.api_key:
             raise ConfigError(f"{section}.host", host, "a loopback address, or server.api_key set beside it")
+    key = config.server.api_key
+    if key != key.strip() or not key.isprintable():
+        raise ConfigError("server.api_key", key, "printable characters, with no space at either end")
+    _check_addresses(config)
     port = config.bridge.port
     if port and port == config.server.port and _overlap(config.server.host, config.bridge.host):
         raise ConfigError("bridge.port", port, "another port than server.port (--port, --bridge-port)")
@@ -5386,6 +5415,12 @@ CHINESE = {
     "another port than server.port (--port, --bridge-port)": (
         "与 server.port 不同的端口（--port，--bridge-port）"
     ),
+    "origins such as http://localhost:3000, in lower case and without a path, or *": (
+        "来源，例如 http://localhost:3000（小写，不带路径），或 *"
+    ),
+    "origins such as https://*.lmarena.ai, without a path": "来源，例如 https://*.lmarena.ai，不带路径",
+    "an address such as http://nas.local:9080": "地址，例如 http://nas.local:9080",
+    "printable characters, with no space at either end": "可打印的字符，首尾没有空格",
     "a TOML file": "一个 TOML 文件",
     "a readable UTF-8 file": "一个可读的 UTF-8 文件",
     "a readable list of models ({error})": "一个可读的模型列表（{error}）",

@@ -147,6 +147,66 @@ def test_listening_beyond_loopback_needs_a_key(section: str, host: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        (
+            "server.cors_origins",
+            ["http://localhost:3000/", "localhost:3000", "http://Localhost", "http://*.nas", "https://", ""],
+        ),
+        (
+            "bridge.allowed_origins",
+            ["lmarena.ai", "https://lmarena.ai/", "https://lmarena.ai/c/1", "*", "https://a b", "null", ""],
+        ),
+    ],
+)
+def test_an_origin_that_no_page_has_is_refused(setting: str, values: list[str]) -> None:
+    table, _, key = setting.partition(".")
+    for value in values:
+        with pytest.raises(ConfigError) as caught:
+            parse_config({table: {key: [value]}})
+        assert (caught.value.key, caught.value.value) == (setting, value)
+
+
+def test_origins_that_pages_have_are_taken() -> None:
+    pages = [
+        "*",
+        "null",
+        "http://localhost:3000",
+        "https://nas.local",
+        "http://[::1]:8000",
+        "app://obsidian.md",
+    ]
+    assert parse_config({"server": {"cors_origins": pages}}).server.cors_origins == (*pages,)
+    tabs = [
+        "https://lmarena.ai",
+        "https://*.LMArena.ai",
+        "http://localhost:*",
+        "*://arena.ai",
+        "http://[::1]",
+    ]
+    assert parse_config({"bridge": {"allowed_origins": tabs}}).bridge.allowed_origins == (*tabs,)
+
+
+@pytest.mark.parametrize(
+    "url", ["nas:9080", "nas.local", "ftp://nas", "http://", "http://nas/?a", " http://nas"]
+)
+def test_where_media_are_reached_is_an_address(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"media": {"base_url": url}})
+    assert (caught.value.key, caught.value.value) == ("media.base_url", url)
+    for fine in ("", "http://nas.local:9080", "https://nas.local/chat/"):
+        assert parse_config({"media": {"base_url": fine}}).media.base_url == fine
+
+
+@pytest.mark.parametrize("key", ["  ", " key", "key ", "key\n", "a\tkey"])
+def test_a_key_that_no_client_can_give_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"server": {"api_key": key}})
+    assert str(caught.value).startswith("server.api_key (set): expected printable characters")
+    assert parse_config({"server": {"api_key": "a key, 钥匙"}}).server.api_key == "a key, 钥匙"
+
+
+@pytest.mark.parametrize(
     ("api", "bridge"),
     [
         ("127.0.0.1", "127.0.0.1"),
