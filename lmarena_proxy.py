@@ -436,6 +436,12 @@ LOOPBACK_HOSTS = {"127.0.0.1", "localhost", "::1"}
 RELAYED_PREFIXES = ("/nextjs-api/stream/", "/api/stream/")
 
 
+def reachable(host: str) -> str:
+    """The name under which this machine's browser reaches what listens at `host`."""
+    name = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{name}]" if ":" in name else name
+
+
 def _config_error(message: str, tables: dict[str, Any]) -> ConfigError:
     """Turn msgspec's "Expected `int`, got `str` - at `$.server.port`" into key, value and expectation."""
     text, _, where = message.partition(" - at `$")
@@ -7563,7 +7569,7 @@ class HttpListener:
             for listener in listeners:
                 nursery.start_soon(self._listen, listener, nursery)
             host, port = listeners[0].socket.getsockname()[:2]
-            task_status.started(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            task_status.started(f"http://{reachable(host)}:{port}")
             try:
                 await trio.sleep_forever()
             finally:  # What is being written is shielded.
@@ -8300,12 +8306,6 @@ async def _listen(nursery: trio.Nursery, key: str, port: int, serve: Callable[..
         raise _refusal(key, port, refusals[0]) from None
 
 
-def _reachable(host: str) -> str:
-    """The name under which this machine's browser reaches what listens at `host`."""
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{name}]" if ":" in name else name
-
-
 class Program:
     """All parts, put together."""
 
@@ -8362,7 +8362,7 @@ class Program:
     async def _start(self, nursery: trio.Nursery) -> None:
         bridge, server = self.config.bridge, self.config.server
         port = await _listen(nursery, "bridge.port", bridge.port, self.listener.serve)
-        self.api.bridge_url = f"ws://{_reachable(bridge.host)}:{port}/"
+        self.api.bridge_url = f"ws://{reachable(bridge.host)}:{port}/"
         await _listen(nursery, "server.port", server.port, self.api.serve)
         nursery.start_soon(self.bootstrap.supervise)
         if self.config.storage.keep_days:
@@ -8635,7 +8635,7 @@ def ask_running(config: Config) -> FeedDocument | None:
     Raises ConfigError for a copy with another key.
     """
     server = config.server
-    url = f"http://{_reachable(server.host)}:{server.port}/api/state"
+    url = f"http://{reachable(server.host)}:{server.port}/api/state"
     # As bytes, for it may have any characters; and the library takes no header that ends in a space.
     headers = {b"authorization": f"Bearer {server.api_key}".encode()} if server.api_key else {}
     try:
@@ -8709,7 +8709,7 @@ async def listen_for_tab(config: Config, directory: Path, seconds: float, consol
                 nursery.cancel_scope.cancel()
         finally:
             program.store.close()
-    userscript = f"http://{_reachable(config.server.host)}:{config.server.port}/bridge.user.js"
+    userscript = f"http://{reachable(config.server.host)}:{config.server.port}/bridge.user.js"
     return state | {"refused": [*refused], "urls": {"userscript": userscript}}
 
 

@@ -35,6 +35,7 @@ from harness import (
     plain_client,
     request_body,
     sit_down,
+    start,
     until,
     write_config,
     write_models,
@@ -82,6 +83,25 @@ async def test_the_banner_names_all_addresses_and_what_is_waited_for(
         assert (await desk.http.get("/ready")).status_code == 503
         assert PROMPT not in output
         assert desk.arena.record == []
+
+
+@pytest.mark.parametrize(("host", "name"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+async def test_addresses_are_told_as_this_machine_s_browser_reaches_them(
+    nursery: trio.Nursery, tmp_path: Path, host: str, name: str
+) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    tables = {"server": {"host": host, "api_key": "k"}, "bridge": {"host": host}}
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), tables=tables, connected=False)
+    rig.http.headers["authorization"] = "Bearer k"
+    port = int(rig.url.rpartition(":")[2])
+    urls = (await rig.state())["urls"]
+    assert (rig.url, urls["api"]) == (f"http://{name}:{port}", f"http://{name}:{port}/v1")
+    assert urls["userscript"] == f"http://{name}:{port}/bridge.user.js"
+    assert urls["bridge"].startswith(f"ws://{name}:")
+    script = (await rig.http.get("/bridge.user.js")).text
+    assert script.count(urls["userscript"]) >= 3
+    assert f"//{host}:" not in script.replace("[", "").replace("]", "")
 
 
 async def test_check_and_sign_in_are_asked_of_the_person_and_nothing_is_sent_before_enter(
