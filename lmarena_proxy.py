@@ -55,8 +55,23 @@ if __name__ == "__main__":
         trouble = f"Python 3.11 or newer is needed, and this is {running}: install one, and start with it."
         trouble += f" 无法启动：需要 Python 3.11 或更高版本，当前为 {running}，请安装后用它启动。"
     elif missing := ", ".join(name for name in libraries if not find_spec(name)):
-        trouble = f"{missing} not found. 无法启动：缺少这些库。To install them, 请安装: "
-        trouble += f"{sys.executable} -m pip install -r requirements.txt"
+        trouble = f"{missing} not found. 无法启动：缺少这些库。"
+        place = os.path.dirname(os.path.abspath(__file__))
+        venv = os.path.join(place, ".venv")
+        python, within = sys.executable, "Scripts/python.exe" if os.name == "nt" else "bin/python"
+        venv_python = os.path.normpath(os.path.join(venv, within))
+        start = [venv_python, os.path.abspath(__file__)]
+        install = ["-m", "pip", "install", "-r", os.path.join(place, "requirements.txt")]
+        is_own = os.path.realpath(os.path.dirname(python)) == os.path.realpath(os.path.dirname(venv_python))
+        if os.path.exists(venv_python) and not is_own:
+            trouble, commands = trouble + "Start it with 请改用: ", [start]
+        elif is_own or sys.prefix != sys.base_prefix:
+            trouble, commands = trouble + "To install them, 请安装: ", [[python, *install]]
+        else:  # Many systems let nothing be installed beside their own libraries.
+            trouble += "To install them, and to start, 请安装并启动: "
+            commands = [[python, "-m", "venv", venv], [venv_python, *install], start]
+        quoted = ([f'"{word}"' if " " in word else word for word in command] for command in commands)
+        trouble += " && ".join(map(" ".join, quoted))
     if trouble:
         print("Cannot start:", trouble, file=sys.stderr)
         sys.exit(2)

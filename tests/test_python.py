@@ -72,12 +72,35 @@ def test_what_is_needed_is_told_also_where_no_older_python_is_at_hand() -> None:
     assert "this is 3.10.9:" in line
 
 
-def test_missing_libraries_are_named_with_the_command_that_installs_them(tmp_path: Path) -> None:
+def test_missing_libraries_are_named(tmp_path: Path) -> None:
     line = refusal(sys.executable, "-I", "-S", str(PROGRAM), directory=tmp_path)
     named = line.removeprefix("Cannot start: ").partition(" not found")[0].split(", ")
     required = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert {*named} == {each.partition("==")[0].replace("-", "_") for each in required}
-    assert line.endswith(f"{sys.executable} -m pip install -r requirements.txt")
+
+
+def test_libraries_are_installed_beside_the_program_not_into_the_system(tmp_path: Path) -> None:
+    """Which many systems refuse. With whole paths: nobody knows in which directory they are called."""
+    home = tmp_path / "a place"
+    home.mkdir()
+    program, python = shutil.copy(PROGRAM, home), home / ".venv" / "bin" / "python"
+    # Without -S there would be the libraries of this environment; with it Python takes itself for no venv.
+    line = refusal(sys.executable, "-I", "-S", str(program), directory=tmp_path)
+    commands = line.partition("启动: ")[2].split(" && ")
+    assert commands[0] == f'{sys.executable} -m venv "{home}/.venv"'
+    assert commands[1:] == [
+        f'"{python}" -m pip install -r "{home}/requirements.txt"',
+        f'"{python}" "{program}"',
+    ]
+
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    line = refusal(sys.executable, "-I", "-S", str(program), directory=tmp_path)
+    assert line.endswith(f'Start it with 请改用: "{python}" "{program}"')
+
+    # That one has none, either.
+    line = refusal(str(python), "-I", "-S", str(program), directory=tmp_path)
+    assert line.endswith(f'请安装: "{python}" -m pip install -r "{home}/requirements.txt"')
 
 
 def test_one_missing_library_is_named_alone(tmp_path: Path) -> None:
