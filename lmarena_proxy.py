@@ -8290,6 +8290,10 @@ class Api:
 
 EXIT_OK, EXIT_NEEDS_PERSON, EXIT_CANNOT_START, EXIT_FORCED = 0, 1, 2, 130
 PRUNE_INTERVAL_SECONDS = 6 * 3600
+# What a terminal sends that is closed. Under nohup it is not meant for the program; Windows has none.
+HANGUP: list[int] = []
+if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    HANGUP.append(signal.SIGHUP)
 
 
 def _refusal(key: str, port: int, error: OSError) -> ConfigError:
@@ -8348,6 +8352,8 @@ class Program:
         self.api = Api(config, self.pool, self.bridges, self.answers, self.media, self.panel)
         if sys.flags.dev_mode:
             self.bus.subscribe(self.assert_consistent)
+        # Whether its store is one for this run only.
+        self.is_demo = False
         self._scope = trio.CancelScope()
 
     def assert_consistent(self, event: Event) -> None:
@@ -8407,10 +8413,10 @@ class Program:
 
     async def obey_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Ctrl-C during bootstrap ends that only; else it shuts down. A second one ends it at once."""
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *HANGUP) as signals:
             task_status.started()
             async for number in signals:
-                if number == signal.SIGTERM or not self.bootstrap.abort():
+                if number != signal.SIGINT or not self.bootstrap.abort():
                     break
             grace_seconds = self.config.server.shutdown_grace_seconds
             self.console.say(
@@ -8422,8 +8428,12 @@ class Program:
             last_resort.start()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.stop)
-                async for _ in signals:
+                async for number in signals:
+                    if number in HANGUP:
+                        continue  # A terminal that closes and its shell both send one.
                     self.console.restore()
+                    if self.is_demo:
+                        shutil.rmtree(self.config.storage.path, ignore_errors=True)
                     os._exit(EXIT_FORCED)
 
 
@@ -9221,9 +9231,7 @@ def configure(options: argparse.Namespace, environment: Mapping[str, str]) -> tu
     return read_config(path, overrides), path.resolve().parent
 
 
-async def run_demo(
-    program: Program, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
+async def run_demo(program: Program) -> None:
     """The stand-in arena, and the userscript's twin, which also plays the person at its check and terms."""
     from demo.arena import Arena, Switches
     from demo.arena import serve as serve_arena
@@ -9235,7 +9243,6 @@ async def run_demo(
         program.media.site_origins.add(url)
         twin = Twin(url, program.api.bridge_url)
         await nursery.start(twin.run)
-        task_status.started()
         for act in (twin.open_page, twin.pass_check, twin.accept_terms):
             await act()
             await trio.sleep(0.5)
@@ -9258,7 +9265,7 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
     """The life of the process: signals first, then the ports, the banner, and whatever comes."""
     program = Program(config, directory, console)
     program.bootstrap.is_confirmed = options.yes
-    program.panel.is_demo = options.demo
+    program.is_demo = program.panel.is_demo = options.demo
     program.panel.config_file = str(options.config or HERE / "config.toml")
     program.panel.sources = find_sources(options, os.environ)
     async with trio.open_nursery() as nursery:
@@ -9276,7 +9283,8 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
             if options.update_models:
                 nursery.start_soon(update_models, program, directory / config.models.path)
             if options.demo:
-                await nursery.start(run_demo, program)
+                # Not waited for: it cannot begin when the program is stopped before it has.
+                nursery.start_soon(run_demo, program)
         nursery.cancel_scope.cancel()
 
 

@@ -708,6 +708,62 @@ async def test_the_demo_runs_everything_without_a_browser(nursery: trio.Nursery,
         assert await terminal.exit_code() == 0
 
 
+DEMO = ("--demo", "--port", "0", "--bridge-port", "0", "--models", CLAUDE)
+
+
+def demo_stores(directory: Path) -> list[Path]:
+    return [*directory.glob("lmarena-proxy-demo-*")]
+
+
+@pytest.mark.parametrize("text", ["Waiting for an LMArena tab", "settling", PROMPT])
+async def test_a_terminal_that_closes_ends_the_demo_and_takes_its_store_away(
+    tmp_path: Path, text: str
+) -> None:
+    write_models(tmp_path, (CLAUDE,))
+    with Terminal(tmp_path, "--config", str(write_config(tmp_path, {})), *DEMO) as terminal:
+        await terminal.shows(text)
+        assert demo_stores(tmp_path) != []
+        terminal.process.send_signal(signal.SIGHUP)
+        terminal.process.send_signal(signal.SIGHUP)  # One of the terminal, and one of its shell.
+        await terminal.shows("Shutting down")
+        assert await terminal.exit_code() == 0
+    assert demo_stores(tmp_path) == []
+
+
+async def test_the_demo_s_store_goes_also_at_a_second_ctrl_c(nursery: trio.Nursery, tmp_path: Path) -> None:
+    write_models(tmp_path, (CLAUDE,))
+    config = write_config(tmp_path, {"server": {"shutdown_grace_seconds": 600}})
+    with Terminal(tmp_path, "--config", str(config), *DEMO, "--no-bootstrap") as terminal:
+        url, _ = await terminal.addresses()
+        received: list[str] = []
+
+        async def ask() -> None:
+            """For an answer that takes minutes."""
+            body = request_body(CLAUDE, "word " * 50_000, stream=True)
+            with contextlib.suppress(httpx.TransportError):
+                async with (
+                    plain_client(url) as client,
+                    client.stream("POST", "/v1/chat/completions", json=body) as response,
+                ):
+                    async for line in response.aiter_lines():
+                        received.append(line)
+
+        nursery.start_soon(ask)
+        await until(lambda: "word" in "".join(received))
+        terminal.press("ctrl-c")
+        await terminal.shows("Ctrl-C again ends at once")
+        terminal.press("ctrl-c")
+        assert await terminal.exit_code() == 130
+    assert demo_stores(tmp_path) == []
+
+
+def test_under_nohup_a_terminal_that_closes_changes_nothing() -> None:
+    steps = "import lmarena_proxy; print(lmarena_proxy.HANGUP)"
+    command = ["sh", "-c", 'trap "" HUP; exec "$0" -c "$1"', sys.executable, steps]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
 # ── Start-up time and memory ────────────────────────────────────────────────────────────────────────────────
 
 
