@@ -5334,8 +5334,8 @@ CHINESE = {
     "{failures:d} failures in a row, last: {reason}": "连续失败 {failures} 次，最后一次：{reason}",
     "the site answered {status:d}": "网站返回 {status}",
     "by the person": "由您操作",
-    "interrupted": "已中断",
-    "bootstrap.enabled is false": "bootstrap.enabled 为 false",
+    "interrupted": "按了 Ctrl-C",
+    "switched off by bootstrap.enabled or the command line": "已由 bootstrap.enabled 或命令行关闭",
     "every model has its conversations": "每个模型的对话都已齐全",
     "there is no terminal to ask at; {hint}": "没有可供询问的终端；{hint}",
     'POST /api/bootstrap {"action":"start"} begins it, --yes answers the question': (
@@ -5365,10 +5365,10 @@ CHINESE = {
     "The tab is ready; settling for {seconds:.0f} s": "标签页已就绪；再等 {seconds} 秒确认稳定",
     (
         "Plan: {planned:d} conversations for {missing:d} of {all:d} models; {stored:d} are in the store; "
-        "{on_demand:d} models work on an image and open on demand."
+        "models that work on an image, and open on demand: {on_demand:d}."
     ): (
         "计划：为 {all} 个模型中的 {missing} 个打开 {planned} 个对话；已存 {stored} 个；"
-        "{on_demand} 个模型以图片为输入，按需打开。"
+        "以图片为输入、按需打开的模型：{on_demand} 个。"
     ),
     "Opening conversations": "正在打开对话",
     "{count:d} models skipped": "已跳过 {count} 个模型",
@@ -5419,6 +5419,7 @@ CHINESE = {
     ),
     # A start that cannot be
     "Cannot start: {cause}": "无法启动：{cause}",
+    "Not done: {cause}": "未能完成：{cause}",
     "{names} not found beside lmarena_proxy.py: take the whole repository": (
         "lmarena_proxy.py 旁边没有 {names}：请使用整个仓库"
     ),
@@ -6111,7 +6112,7 @@ class Bootstrap:
     async def supervise(self) -> None:
         """Ask once for each account, and run whatever is started, for as long as the program lives."""
         if not self._config.bootstrap.enabled:
-            self._go("skip", "bootstrap.enabled is false")
+            self._go("skip", "switched off by bootstrap.enabled or the command line")
         while True:
             with trio.CancelScope() as self._scope:
                 await self._ask()
@@ -6170,7 +6171,7 @@ class Bootstrap:
         on_demand = sum(model.requires_image for model in self._pool.catalog)
         self._console.say(
             f"Plan: {planned} conversations for {len(plan)} of {len(self._pool.catalog)} models; "
-            f"{stored} are in the store; {on_demand} models work on an image and open on demand."
+            f"{stored} are in the store; models that work on an image, and open on demand: {on_demand}."
         )
         return planned
 
@@ -9109,11 +9110,12 @@ def find_language(environment: Mapping[str, str]) -> str:
 
 
 def _add_chores(parser: argparse.ArgumentParser) -> None:
-    """What is done instead of serving."""
-    parser.add_argument(
+    """What is done instead of serving, one at a time."""
+    chores = parser.add_mutually_exclusive_group()
+    chores.add_argument(
         "--check", action="store_true", help="check configuration, models, store and ports, and exit"
     )
-    parser.add_argument(
+    chores.add_argument(
         "--doctor",
         nargs="?",
         type=float,
@@ -9121,16 +9123,16 @@ def _add_chores(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="the same, and wait up to so long (60) for a tab to look at it, too; sends nothing to the site",
     )
-    parser.add_argument(
+    chores.add_argument(
         "--update-models", action="store_true", help="write the page's model list to models.json, and exit"
     )
-    parser.add_argument(
+    chores.add_argument(
         "--prune", action="store_true", help="forget requests older than storage.keep_days, and exit"
     )
-    parser.add_argument(
+    chores.add_argument(
         "--export-sessions", metavar="PATH", help="write all conversations to a file (-: here), and exit"
     )
-    parser.add_argument(
+    chores.add_argument(
         "--import-sessions",
         metavar="PATH",
         help="add the conversations of an export, or of LMArenaBridge's files, and exit",
@@ -9141,6 +9143,13 @@ def _add_chores(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="", metavar="NAME", help="which model the conversation in config.jsonc has"
     )
+
+
+def find_chore(options: argparse.Namespace) -> str:
+    """Which of them is asked for, if one is. (A doctor of 0 seconds is one, too.)"""
+    names = ("check", "doctor", "update_models", "prune", "export_sessions", "import_sessions")
+    chosen = (name for name in names if getattr(options, name) not in (None, False))
+    return "doctor" if options.doctor is not None else next(chosen, "")
 
 
 def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.Namespace:
@@ -9177,6 +9186,8 @@ def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.
     options = parser.parse_args(arguments)
     if options.doctor is not None and not 0 <= options.doctor <= 86_400:
         parser.error("--doctor waits for 0 to 86400 seconds")
+    if options.demo and find_chore(options):
+        parser.error("--demo is a run of its own: it goes with no option that does something else")
     if (options.account or options.model) and not options.import_sessions:
         parser.error("--account and --model go with --import-sessions (--models says which models to serve)")
     return options
@@ -9299,6 +9310,13 @@ def raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def tell_failure(cause: BaseException, chore: str, console: Console) -> None:
+    """Say why a start, or what was asked for in its place, cannot be."""
+    said = f"Cannot start: {cause}" if chore in ("", "check", "doctor") else f"Not done: {cause}"
+    sign = _VERDICTS["needs you"][0] + " " if chore == "doctor" else ""
+    console.say(sign + console.translate(said), "red")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the program; returns its exit code."""
     options = parse_arguments(arguments, find_language(os.environ))
@@ -9343,8 +9361,7 @@ def main(arguments: Sequence[str]) -> int:
         if not all(isinstance(cause, ConfigError) for cause in causes):
             raise
         for cause in causes:
-            sign = "" if options.doctor is None else _VERDICTS["needs you"][0] + " "
-            console.say(sign + console.translate(f"Cannot start: {cause}"), "red")
+            tell_failure(cause, find_chore(options), console)
         return EXIT_CANNOT_START
     except KeyboardInterrupt:
         return EXIT_FORCED

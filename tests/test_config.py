@@ -326,6 +326,27 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert not config.bootstrap.enabled
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--check", "--prune"),
+        ("--doctor", "--check"),
+        ("--doctor", "0", "--update-models"),
+        ("--export-sessions", "a", "--import-sessions", "b"),
+        ("--demo", "--export-sessions", "a"),
+        ("--demo", "--doctor", "0"),
+        ("--demo", "--update-models"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(arguments)
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_environment_sets_the_key_over_the_file(tmp_path: Path) -> None:
     text = '[server]\napi_key = "file"\n'
     assert configured(tmp_path, text=text).server.api_key == "file"

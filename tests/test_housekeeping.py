@@ -167,7 +167,18 @@ def test_nothing_is_done_while_a_copy_of_the_program_uses_the_store(
         file.write_text("{}", encoding="utf-8")
     with hold_store(place / "state"):
         assert run(place, option, str(file)) == 2
-    assert "no other copy of the program uses now" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert output.startswith("Not done: storage.path = ")
+    assert "no other copy of the program uses now" in output
+
+
+@pytest.mark.parametrize("option", ["--prune", "--update-models"])
+def test_what_else_needs_the_store_for_itself_says_that_it_was_not_done(
+    option: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hold_store(place / "state"):
+        assert run(place, option) == 2
+    assert capsys.readouterr().out.startswith("Not done: storage.path = ")
 
 
 def test_a_file_that_cannot_be_written_is_named_and_one_that_was_there_stays(
