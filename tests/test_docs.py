@@ -341,6 +341,27 @@ def test_every_sentence_of_the_badge_is_in_troubleshooting() -> None:
         assert f"`{begin}" in TROUBLE
 
 
+def test_every_chinese_sentence_of_the_badge_is_in_troubleshooting() -> None:
+    table = USERSCRIPT.partition("const TEXTS = {")[2].partition("\n  };")[0]
+    sentences = re.findall(r'["`]([^"`]*[\u4e00-\u9fff].*?)["`],?\s*\]', table)
+    assert len(sentences) == len(re.findall(r"^    \w+: \[", table, re.MULTILINE))
+    for sentence in sentences:
+        begin = re.split(r"\$\{(?!BRIDGE_URL)", sentence)[0].replace("${BRIDGE_URL}", "ws://127.0.0.1:9081/")
+        assert f"`{begin.strip()}" in TROUBLE
+
+
+def test_what_troubleshooting_quotes_in_chinese_is_said_somewhere() -> None:
+    pages = [page.read_text("utf-8") for page in (ROOT / "dashboard" / "i18n" / "zh").iterdir()]
+    said = "\n".join([PROGRAM, USERSCRIPT, *pages])
+    quotes = [
+        quote for quote in re.findall(r"`([^`\n]+)`", prose(TROUBLE)) if re.search("[\u4e00-\u9fff]", quote)
+    ]
+    assert len(quotes) > 40
+    # Sentences stand in one another, with numbers and names between: in pieces they are found again.
+    pieces = {piece for quote in quotes for piece in re.split(r"应为|[^\u4e00-\u9fff]+", quote) if piece}
+    assert {piece for piece in pieces if piece not in said} == set()
+
+
 def test_contributing_names_every_section_of_the_program() -> None:
     banners = re.findall(r"^# ={60,}\n# (.+)\n# ={60,}$", PROGRAM, re.MULTILINE)
     [text] = [body for title, body in chapters(CONTRIBUTING, 2) if title == "The program"]
