@@ -5334,7 +5334,7 @@ CHINESE = {
     "{failures:d} failures in a row, last: {reason}": "连续失败 {failures} 次，最后一次：{reason}",
     "the site answered {status:d}": "网站返回 {status}",
     "by the person": "由您操作",
-    "interrupted": "按了 Ctrl-C",
+    "interrupted": "由您中断",
     "switched off by bootstrap.enabled or the command line": "已由 bootstrap.enabled 或命令行关闭",
     "every model has its conversations": "每个模型的对话都已齐全",
     "there is no terminal to ask at; {hint}": "没有可供询问的终端；{hint}",

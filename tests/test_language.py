@@ -128,7 +128,7 @@ def test_events_are_said_with_all_they_hold() -> None:
     )
     assert translate(BridgeChanged(1, "ready", "a", "").text) == "标签页 1：就绪"
     assert translate(PhaseChanged("aborted", "3 of 8 opened, interrupted").text) == (
-        "预先打开对话：已中止，已打开 3 / 8，按了 Ctrl-C"
+        "预先打开对话：已中止，已打开 3 / 8，由您中断"
     )
     assert translate(PhaseChanged("settling", "30 s").text) == "预先打开对话：等待稳定，30 秒"
     lost = BridgeLost(1, "code 1001 the page is gone")
