@@ -7551,7 +7551,7 @@ class Admission:
 
     def _check_key(self, authorization: str) -> None:
         expected = self._config.api_key
-        given = authorization.removeprefix("Bearer ").strip()
+        given = authorization.removeprefix("Bearer ").strip(" \t")
         if expected and not hmac.compare_digest(given.encode("latin-1"), expected.encode()):
             raise ClientError("The API key is missing or wrong.", status=401, code="invalid_api_key")
 
@@ -9340,10 +9340,10 @@ def main(arguments: Sequence[str]) -> int:
         if options.prune:
             prune(config, directory, console)
             return EXIT_OK
-        if options.export_sessions:
+        if options.export_sessions is not None:
             export_sessions(config, directory, options.export_sessions, console)
             return EXIT_OK
-        if options.import_sessions:
+        if options.import_sessions is not None:
             import_sessions(config, directory, options, console)
             return EXIT_OK
         look_for_parts(*PARTS, *(["demo/arena.py"] if options.demo else []))

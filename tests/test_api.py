@@ -838,6 +838,12 @@ async def test_the_key_guards_what_costs_and_tells_nothing_else(
     assert (await rig.http.get("/v1/models", headers=headers)).status_code == 200
 
 
+async def test_a_key_may_have_any_letters(nursery: trio.Nursery, tmp_path: Path) -> None:
+    rig = await start(nursery, tmp_path, tables={"server": {"api_key": "clé-là"}}, connected=False)
+    headers = {b"authorization": "Bearer clé-là".encode()}
+    assert (await rig.http.get("/v1/models", headers=headers)).status_code == 200
+
+
 async def test_no_other_spelling_of_a_path_goes_round_the_key(nursery: trio.Nursery, tmp_path: Path) -> None:
     rig = await start(nursery, tmp_path, tables={"server": {"api_key": "sk-geheim"}}, connected=False)
     is_open = re.compile("/|/health|/ready|/bridge.user.js|/openapi.json|/dashboard/.*|/media/.*")

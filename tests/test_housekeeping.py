@@ -181,6 +181,12 @@ def test_what_else_needs_the_store_for_itself_says_that_it_was_not_done(
     assert capsys.readouterr().out.startswith("Not done: storage.path = ")
 
 
+@pytest.mark.parametrize("option", ["--export-sessions", "--import-sessions"])
+def test_an_empty_name_is_no_file(option: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, option, "") == 2
+    assert capsys.readouterr().out.startswith(f"Not done: {option} = ''")
+
+
 def test_a_file_that_cannot_be_written_is_named_and_one_that_was_there_stays(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
