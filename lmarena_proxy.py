@@ -705,6 +705,10 @@ class Catalog:
             return [self._by_id[name]]
         return self._by_name.get(name, [])
 
+    def takes_image(self, name: str) -> bool:
+        """Whether one of the models that a name stands for does."""
+        return any(model.takes_image for model in self.named(name))
+
     def resolve(self, name: str, images: dict[str, int]) -> Model:
         """The model for a request whose messages, by where they stand in it, have so many images each.
 
@@ -1335,13 +1339,15 @@ def _decode_body(
 
 
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.=+-]+)*;base64,(.+)", re.DOTALL)
-# A fence of code, or an image as a data: URL, maybe inside markdown's ![](...).
-_FENCE_OR_IMAGE = re.compile(
+# Code in a fence or in a line, which is to be passed over; or an image as a data: URL, in markdown's ![](...)
+# or alone on its line. Nothing is looked at more than a few times, however long a text is.
+_CODE_OR_IMAGE = re.compile(
     r"(?P<fence>(?m:^)[ \t>]{0,12}(?P<mark>`{3,}(?=[^`\n]*(?:\n|\Z))|~{3,}).*?"
     r"(?:\n[ \t>]{0,12}(?P=mark)[`~]*[ \t]*(?=\n|\Z)|\Z))"
-    r"|(?P<open>!\[[^\]\n]{0,500}\]\([ \n]{0,9}<?)?"
+    r"|(?<!`)(?P<ticks>`{1,16}+)(?!`)(?:[^`\n]++|(?!(?P=ticks)(?!`))`++)*+(?P=ticks)"
+    r"|(?:(?P<open>!\[(?:[^]\n!]|!(?!\[)){0,500}\]\([ \n]{0,9}<?)|(?m:^) {0,3})"
     r"(?P<url>data:image/[\w.+-]+(?:;[\w.=+-]{1,80}){0,5};base64,[A-Za-z0-9+/]++={0,2}+)"
-    r"""(?(open)>?(?:[ \n](?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?[ \n]{0,9}\))""",
+    r"""(?(open)>?(?:[ \n](?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?[ \n]{0,9}\)|(?=[ \t\r]*(?:\n|\Z)))""",
     re.DOTALL,
 )
 # More than any model takes; what a request may make the program fetch, at most.
@@ -1419,26 +1425,31 @@ def _read_part(part: ContentPart | str, path: str) -> str | Attachment:
 
 
 def _take_images_out(text: str, attachments: list[Attachment]) -> str:
-    """Move the images that stand in a text as data: URLs, outside code fences, to the attachments."""
+    """Move the images that stand in a text as data: URLs, outside code, to the attachments.
+
+    Clients that keep a conversation as text have its images there. What names one in passing stays as it is.
+    """
     if "data:image/" not in text:
         return text
     before = len(attachments)
 
     def take_out(match: re.Match[str]) -> str:
-        if match["fence"] is None and len(attachments) <= MAX_IMAGES:
-            try:
-                attachments.append(_read_image(match["url"], ""))
-            except ClientError:
-                return match[0]  # Somebody's example of one.
-            return ""
+        if match["url"] is not None and len(attachments) <= MAX_IMAGES:
+            with suppress(ValueError):  # Somebody's example of one.
+                encoded = match["url"].partition(",")[2]
+                kind = media_type(base64.b64decode(encoded, validate=True)) or ""
+                if kind.startswith("image/"):
+                    attachments.append(attach(kind, encoded))
+                    return ""
         return match[0]
 
-    rest = _FENCE_OR_IMAGE.sub(take_out, text)
+    rest = _CODE_OR_IMAGE.sub(take_out, text)
     return rest.strip() if len(attachments) > before else text
 
 
-def _read_message(message: ChatMessage, path: str) -> Message:
+def _read_message(message: ChatMessage, path: str, takes_image: bool) -> Message:
     """One message in the site's terms. Raises ClientError for content that cannot be carried over."""
+    has_images_in_text = takes_image and message.role in ("user", "assistant")
     role = _ROLES.get(message.role, "user")
     texts: list[str] = []
     attachments: list[Attachment] = []
@@ -1450,18 +1461,18 @@ def _read_message(message: ChatMessage, path: str) -> Message:
         if isinstance(read, Attachment):
             attachments.append(read)
         else:
-            texts.append(read if role == "system" else _take_images_out(read, attachments))
+            texts.append(_take_images_out(read, attachments) if has_images_in_text else read)
     calls = [ToolCall(message.function_call), *(message.tool_calls or ())]
     texts += [call.text for call in calls]
     return Message(role, "\n\n".join(filter(None, texts)), tuple(attachments))
 
 
-def _read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
+def _read_messages(messages: Sequence[ChatMessage], takes_image: bool) -> tuple[list[Message], list[str]]:
     """A conversation in the site's terms, and each message's path."""
     paths = [f"messages[{index}].content" for index in range(len(messages))]
     read, images = [], 0
     for message, path in zip(messages, paths, strict=True):
-        read.append(_read_message(message, path))
+        read.append(_read_message(message, path, takes_image))
         images += len(read[-1].attachments)
         if images > MAX_IMAGES:
             raise ClientError(f"{path}: a request takes up to {MAX_IMAGES} images.", param=path)
@@ -1472,10 +1483,13 @@ def _read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list
     return read, paths
 
 
-def read_chat(body: bytes) -> AnswerRequest:
-    """Read the body of POST /v1/chat/completions. Raises ClientError naming the path."""
+def read_chat(body: bytes, takes_image: Callable[[str], bool] = lambda name: True) -> AnswerRequest:
+    """Read the body of POST /v1/chat/completions. Raises ClientError naming the path.
+
+    `takes_image` says it of a model's name: for one that does not, images in a text stay the text they are.
+    """
     chat, given = _decode_body(body, ChatBody, REFUSED_PARAMETERS)
-    messages, paths = _read_messages(chat.messages)
+    messages, paths = _read_messages(chat.messages, takes_image(chat.model))
     stops = [chat.stop] if isinstance(chat.stop, str) else chat.stop or ()
     return AnswerRequest(
         model=chat.model,
@@ -7403,7 +7417,7 @@ class Answers:
             return read_image_edit(body, http.headers.get("content-type", ""))
         if http.path == "/v1/images/generations":
             return read_image_generation(body)
-        asked = read_chat(body)
+        asked = read_chat(body, self._pool.catalog.takes_image)
         return merge_system(asked) if self._config.requests.merge_system else asked
 
     def _check(self, asked: AnswerRequest, model: Model) -> None:

@@ -1004,7 +1004,7 @@ async def test_images_in_texts_and_parts_arrive_as_attachments(nursery: trio.Nur
         {
             "role": "user",
             "content": [
-                {"type": "text", "text": f"And {PNG}"},
+                {"type": "text", "text": f"And\n{PNG}"},
                 {"type": "image_url", "image_url": {"url": OTHER_PNG, "detail": "low"}},
                 {"type": "image_url", "image_url": PNG},
                 {"type": "file", "file": {"filename": "a.png", "file_data": PNG}},
@@ -1028,11 +1028,9 @@ async def test_images_that_a_model_does_not_take_are_refused_before_anything_is_
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     rig = await start(nursery, tmp_path, models=(CLAUDE, ONE_IMAGE, EDIT), filled=True)
-    answered = {"role": "assistant", "content": f"![image]({PNG})"}
     for messages, param in (
         ([picture(PNG)], "messages[0].content"),
-        ([user("x"), user(f"![]({PNG})")], "messages[1].content"),
-        ([user("x"), answered, user("y")], "messages[1].content"),
+        ([user("x"), picture(PNG)], "messages[1].content"),
         (
             [{"role": "user", "content": [{"type": "file", "file": {"file_data": PNG}}]}],
             "messages[0].content",
@@ -1052,11 +1050,24 @@ async def test_images_that_a_model_does_not_take_are_refused_before_anything_is_
         assert "![image](" in (await sync_whole(rig, request_body(model, picture(PNG)))).only.text
 
 
+async def test_images_in_the_text_of_a_conversation_are_text_for_a_model_that_takes_none(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    rig = await start(nursery, tmp_path, models=(CLAUDE,), filled=True)
+    drawn = {"role": "assistant", "content": f"Here: ![image]({PNG})"}
+    named = user(f".icon{{background:url({PNG})}}")
+    await ask(rig, CLAUDE, named, drawn, user("Go on"))
+    for seen in rig.calls:
+        assert [text for _, text in turns(seen)[:2]] == [named["content"], drawn["content"]]
+        assert not any(map(any, attachments(seen)))
+    assert len(rig.calls) == len(WAYS)
+
+
 async def test_images_of_a_last_message_that_is_not_the_users_count_like_others(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     rig = await start(nursery, tmp_path, models=(CLAUDE, GPT), filled=True)
-    answered = {"role": "assistant", "content": f"![image]({PNG})"}
+    answered = {**picture(PNG), "role": "assistant"}
     error = await refused(rig, 400, CLAUDE, "x", answered)
     assert error.param == "messages[1].content"
     large = "data:image/png;base64," + base64.b64encode(contract.png("seed") + bytes(6 << 20)).decode()
@@ -1077,7 +1088,7 @@ async def test_an_image_that_is_too_large_is_refused_with_the_limit(
     for message in (
         picture(large),
         picture(PNG, large),
-        user(f"Look: {large}"),
+        user(f"Look: ![]({large})"),
         {"role": "user", "content": [{"type": "file", "file": {"file_data": encoded}}]},
     ):
         error = await refused(rig, 413, GPT, "x", message, n=2)

@@ -75,8 +75,8 @@ settings.load_profile("quiet")
 
 MAX_LINE_BYTES = 128 * 1024
 USER = {"role": "user", "content": "Hi"}
-PNG = "data:image/png;base64,aGk="
 PNG_BYTES = b"\x89PNG\r\n\x1a\nrest"
+PNG = "data:image/png;base64," + base64.b64encode(PNG_BYTES).decode()
 REASONING_SETTINGS = [*REASONING_FIELDS]
 
 
@@ -452,7 +452,7 @@ def test_the_kind_of_an_image_is_kept(subtype: str, ending: str) -> None:
 
 def test_the_site_gets_a_data_url_without_further_parameters() -> None:
     """Between type and data the contract's form has `;base64` alone."""
-    [attachment] = read(user(image("data:image/png;charset=utf-8;base64,aGk=")))[0].attachments
+    [attachment] = read(user(image(PNG.replace(";", ";charset=utf-8;"))))[0].attachments
     assert attachment.url == PNG
 
 
@@ -573,7 +573,8 @@ def taken_out(text: str, role: str = "user") -> tuple[str, list[str]]:
     return " ".join(message.content.split()), [attachment.url for attachment in message.attachments]
 
 
-GIF = "data:image/gif;base64,R0lG"
+GIF = "data:image/gif;base64," + in_base64(b"GIF89a")
+SVG = "data:image/svg+xml;base64," + in_base64(b"<svg/>")
 
 
 @pytest.mark.parametrize(
@@ -581,68 +582,110 @@ GIF = "data:image/gif;base64,R0lG"
     [
         (PNG, "", [PNG]),
         (f"  {PNG}\n", "", [PNG]),
-        (f"What is {PNG} this?", "What is this?", [PNG]),
         (f"What is this?\n{PNG}", "What is this?", [PNG]),
+        (f"What is this?\r\n{PNG}\r\nSay.", "What is this? Say.", [PNG]),
+        (f"{PNG}\n{GIF}", "", [PNG, GIF]),
         (f"![]({PNG})", "", [PNG]),
         (f"a ![a cat]({PNG}) b", "a b", [PNG]),
         (f"a ![a \\[cat]({PNG}) b", "a b", [PNG]),
+        (f"a ![what a cat!]({PNG}) b", "a b", [PNG]),
         (f'a ![cat]({PNG} "the title") b', "a b", [PNG]),
         (f"a ![cat]( {PNG} ) b", "a b", [PNG]),
         (f"a ![cat](\n{PNG}\n) b", "a b", [PNG]),
-        (f"a {PNG} b {GIF} c", "a b c", [PNG, GIF]),
+        (f"a ![1]({PNG}) b ![2]({GIF}) c", "a b c", [PNG, GIF]),
         (f"![1]({PNG})![2]({GIF})", "", [PNG, GIF]),
         (f"![1]({PNG}) and\n\n![2]({PNG})", "and", [PNG, PNG]),
-        (f"see ({PNG})", "see ()", [PNG]),
-        ("data:image/svg+xml;base64,aGk=", "", ["data:image/svg+xml;base64,aGk="]),
-        # What is beside a fence is none of its code.
+        # What is beside code is none of it.
         (f"```\nx\n```\n{PNG}", "``` x ```", [PNG]),
         (f"{PNG}\n```\nx", "``` x", [PNG]),
         (f"~~~~ py\n~~~\n{GIF}\n~~~~\n{PNG}", f"~~~~ py ~~~ {GIF} ~~~~", [PNG]),
+        (f"`a` ![]({PNG}) ``b ` c``", "`a` ``b ` c``", [PNG]),
+        (f"a ` alone ![]({PNG})\n`", "a ` alone `", [PNG]),
+        (f"``a` ![]({PNG})", "``a`", [PNG]),
         # Some of it is taken, some is not.
-        (f"data:image/png;base64,abc {PNG}", "data:image/png;base64,abc", [PNG]),
+        (f"data:image/png;base64,abc ![]({PNG})", "data:image/png;base64,abc", [PNG]),
+        (f"`![]({PNG})` is ![]({PNG})", f"`![]({PNG})` is", [PNG]),
     ],
 )
-@pytest.mark.parametrize("role", ["user", "assistant", "tool"])
+@pytest.mark.parametrize("role", ["user", "assistant"])
 def test_images_that_stand_in_a_text_become_attachments(
     text: str, rest: str, urls: list[str], role: str
 ) -> None:
     assert taken_out(text, role) == (rest, urls)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        # Code.
-        f"Why?\n```\n{PNG}\n```\n",
-        f"```html\n<img src='{PNG}'>\n```",
-        f"~~~\n{PNG}\n~~~",
-        f"```\n{PNG}",
-        f"~~~\n{PNG}\n```\n{PNG}",
-        f"```\n~~~\n{PNG}\n```",
-        f"   ```\n   {PNG}\n   ```",
-        f"````\n```\n{PNG}\n````",
-        f"```\n{PNG}\n`````\n",
-        f"```\r\n{PNG}\r\n```\r\n",
-        f"```\na\n```\nb\n```\n![]({PNG})\n```",
-        # No image's base64.
-        "data:image/png;base64,a",
-        "data:image/png;base64,abc",
-        "data:image/png;base64,!!!!",
-        "data:image/png;base64,",
-        "data:image/png;base64",
-        "![](data:image/png;base64,abc)",
-        # No image's address.
-        "data:image/png,abcd",
-        "data:text/plain;base64,aGk=",
-        "![](data:application/pdf;base64,aGk=)",
-        "data:audio/wav;base64,aGk=",
-        "![cat](https://a/i.png)",
-        "  no image at all \n",
-    ],
-)
+def test_the_kind_of_an_image_in_a_text_is_what_its_bytes_say() -> None:
+    assert taken_out(f"![]({PNG.replace('png', 'jpg')})") == ("", [PNG])
+
+
+OTHER_TEXTS = [
+    # Code.
+    f"Why?\n```\n{PNG}\n```\n",
+    f"```html\n<img src='{PNG}'>\n```",
+    f"~~~\n{PNG}\n~~~",
+    f"```\n{PNG}",
+    f"~~~\n{PNG}\n```\n{PNG}",
+    f"```\n~~~\n{PNG}\n```",
+    f"   ```\n   {PNG}\n   ```",
+    f"````\n```\n{PNG}\n````",
+    f"```\n{PNG}\n`````\n",
+    f"```\r\n{PNG}\r\n```\r\n",
+    f"```\na\n```\nb\n```\n![]({PNG})\n```",
+    f"    {PNG}\n\t{PNG}",
+    f"Write `![]({PNG})`.",
+    f"Write ``` `![]({PNG})` ```.",
+    f'Use `<img src="{PNG}">`',
+    # Named in passing.
+    f"What is {PNG} this?",
+    f"see ({PNG})",
+    f"Icon: {PNG}",
+    f"{PNG} is the icon",
+    f"Minify: .icon{{background:url({PNG})}}",
+    f'<img src="{PNG}">',
+    f"[link]({PNG})",
+    f'"{PNG}"',
+    # No picture.
+    SVG,
+    f"![]({SVG})",
+    "data:image/png;base64,AAAA",
+    f"![](data:image/png;base64,{in_base64(b'only words')})",
+    f"![](data:image/png;base64,{in_base64(b'....ftypisom')})",
+    # No image's base64.
+    "data:image/png;base64,a",
+    "data:image/png;base64,abc",
+    "data:image/png;base64,!!!!",
+    "data:image/png;base64,",
+    "data:image/png;base64",
+    "![](data:image/png;base64,abc)",
+    # No image's address.
+    "data:image/png,abcd",
+    "data:text/plain;base64,aGk=",
+    "![](data:application/pdf;base64,aGk=)",
+    "data:audio/wav;base64,aGk=",
+    "![cat](https://a/i.png)",
+    "  no image at all \n",
+]
+
+
+@pytest.mark.parametrize("text", OTHER_TEXTS)
 def test_other_text_stays_as_it_is(text: str) -> None:
     assert read({"role": "user", "content": text}) == [Message("user", text)]
     assert read(user(text_part(text))) == [Message("user", text)]
+    assert read({"role": "assistant", "content": text})[0] == Message("assistant", text)
+
+
+@pytest.mark.parametrize("role", ["tool", "function"])
+def test_what_a_tool_gave_stays_as_it_is(role: str) -> None:
+    text = f"{PNG}\n![]({PNG})"
+    assert read({"role": role, "content": text}) == [Message("user", text)]
+
+
+def test_for_a_model_that_takes_no_images_those_in_a_text_stay_there() -> None:
+    text = f"![]({PNG})\n{PNG}"
+    body = asked({"role": "assistant", "content": text}, user(text, image(PNG)))
+    answered, question = read_chat(body, {"m": False}.__getitem__).messages
+    assert answered == Message("assistant", text)
+    assert (question.content, [attachment.url for attachment in question.attachments]) == (text, [PNG])
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
@@ -652,13 +695,13 @@ def test_the_systems_text_keeps_its_images(role: str) -> None:
 
 
 def test_images_in_the_text_of_parts_stand_among_the_others_in_order() -> None:
-    [message] = read(user(f"a {PNG}", image("https://a/i.png"), text_part(f"![]({GIF})"), "b"))
+    [message] = read(user(f"a\n{PNG}", image("https://a/i.png"), text_part(f"![]({GIF})"), "b"))
     assert message.content == "a\n\nb"
     assert [attachment.url for attachment in message.attachments] == [PNG, "https://a/i.png", GIF]
 
 
 def test_images_in_text_are_counted() -> None:
-    assert read_chat(asked({"role": "user", "content": f"{PNG} {GIF}"})).images == {"messages[0].content": 2}
+    assert read_chat(asked({"role": "user", "content": f"{PNG}\n{GIF}"})).images == {"messages[0].content": 2}
 
 
 @pytest.mark.parametrize(
@@ -667,8 +710,11 @@ def test_images_in_text_are_counted() -> None:
         "![](" * 50_000 + "data:image/",
         "![](data:image/png;base64," * 20_000,
         "![" * 20_000 + "data:image/",
-        "```\n" * 50_001 + "data:image/png;base64,aGk=",
-        "`" * 200_000 + "\ndata:image/png;base64,aGk=",
+        "```\n" * 50_001 + PNG,
+        "`" * 200_000 + f"\n{PNG}",
+        "`a" * 200_001 + f"\n{PNG}",
+        "a".join("`" * length for length in range(900)) + f"\n{PNG}",
+        "``" + "a`b" * 200_000 + f"\n{PNG}",
         "data:image/" * 50_000,
         "data:image/png;base64,A" * 50_000,
     ],
@@ -679,8 +725,8 @@ def test_no_text_takes_long_to_read(text: str) -> None:
 
 
 def test_a_large_image_in_a_text_is_taken_out_in_linear_time() -> None:
-    url = "data:image/png;base64," + "A" * (4 << 20)
-    assert taken_out(f"see ![x]({url}) and {url}") == ("see and", [url, url])
+    url = "data:image/png;base64," + in_base64(PNG_BYTES + bytes(3 << 20))
+    assert taken_out(f"see ![x]({url}) and\n{url}") == ("see and", [url, url])
 
 
 # ── Image requests ──────────────────────────────────────────────────────────────────────────────────────────
