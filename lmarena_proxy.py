@@ -1519,6 +1519,8 @@ def merge_system(asked: AnswerRequest) -> AnswerRequest:
     # What is wrong with an image is told of the first message that has one.
     path = next((path for message, path in system if message.attachments), system[0][1])
     rest = [(message, path) for message, path in pairs if message.role != "system"]
+    if rest[-1][1] == "messages" and len(rest) > 1 and rest[-2][0].role == "user":
+        del rest[-1]  # It followed the system's last message: now the user's own is the last.
     merged = [(Message("system", text, attachments), path), *rest]
     messages, paths = [message for message, _ in merged], [path for _, path in merged]
     return msgspec.structs.replace(asked, messages=messages, paths=paths)

@@ -305,10 +305,22 @@ def test_system_messages_become_one_at_the_front() -> None:
         ("user", "你好"),
         ("assistant", "Hm."),
         ("user", "Who is there?"),
-        ("user", ""),  # The site answers a user's message; the system's was the last.
     ]
     assert len(merged.paths) == len(merged.messages)
     assert merged.paths[:2] == ["messages[0].content", "messages[1].content"]
+
+
+@pytest.mark.parametrize(
+    "messages", [[("system", "a")], [("user", "b"), ("assistant", "c"), ("system", "a")]]
+)
+def test_an_empty_turn_ends_a_conversation_that_has_no_user_s_there(messages: list[tuple[str, str]]) -> None:
+    merged = merge_system(asked(*messages))
+    assert said(merged) == [("system", "a"), *messages[:-1], ("user", "")]
+    assert merged.paths[-1] == "messages"
+
+
+def test_an_empty_message_that_the_user_sent_stays() -> None:
+    assert said(merge_system(asked(("system", "a"), ("user", "b"), ("user", ""))))[-1] == ("user", "")
 
 
 def test_a_conversation_without_system_messages_stays_as_it_is() -> None:
@@ -329,13 +341,13 @@ async def test_the_site_gets_them_as_the_setting_says(
     is_on: bool, nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     rig = await start(nursery, tmp_path, tables={"requests": {"merge_system": is_on}})
-    messages = [{"role": role, "content": content} for role, content in CARD[:-1]]
+    messages = [{"role": role, "content": content} for role, content in CARD]
     assert (await rig.chat(CLAUDE, *messages)).status_code == 200
     roles = [role for role, _ in turns(rig.calls[-1])]
     assert roles == (
         ["system", "user", "assistant", "user"]
         if is_on
-        else ["system", "user", "system", "assistant", "system", "user"]
+        else ["system", "user", "system", "assistant", "system", "user", "system", "user"]
     )
 
 
