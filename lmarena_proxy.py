@@ -1322,6 +1322,21 @@ def _refuse(refused: Mapping[str, tuple[Callable[[Any], bool], str]], values: Ma
             raise ClientError(f"{name}: {sentence}.", param=name)
 
 
+# Half a surrogate pair, as JSON escapes it.
+_HALF = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
+
+def _without_halves(body: bytes) -> bytes:
+    """JSON whose halves of pairs, left where a client cut a string by UTF-16 units, have become U+FFFD."""
+    if b"\0" in body:
+        return body  # No JSON.
+    # An escaped backslash escapes nothing.
+    return _HALF.sub(rb"\\ufffd", body.replace(rb"\\", b"\0\0")).replace(b"\0\0", rb"\\")
+
+
 def _decode_body(
     body: bytes, form: type[_Body], refused: Mapping[str, tuple[Callable[[Any], bool], str]]
 ) -> tuple[_Body, set[str]]:
@@ -1332,6 +1347,8 @@ def _decode_body(
     except msgspec.ValidationError as error:
         raise _invalid(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if (whole := _without_halves(body)) != body:
+            return _decode_body(whole, form, refused)
         raise ClientError(f"The body is not JSON: {error}") from None
     given = {name for name, raw in fields.items() if memoryview(raw) != b"null"}  # No copy: it may be large.
     _refuse(refused, {name: _forgiving_json(bytes(fields[name])) for name in refused.keys() & given})

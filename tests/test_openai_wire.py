@@ -171,9 +171,50 @@ def test_a_body_of_the_wrong_shape_is_refused_with_its_path(body: bytes, param: 
     assert refused(body).param == param
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"hello", b"\xff", b'{"model":"\xff"}', b'{"a":' * 100_000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"hello", b"\xff", b'{"model":"\xff"}', b'{"a":' * 100_000, b"[" * 100_000),
+        *(rb'{"model":"\ud83d', rb'{"model":"\ud8zz"}', rb'{"model":"\ud83', b'{"model":"\\ud83d\xff"}'),
+        *(b'{"model":"\\ud83d \0\0n"}', rb'{"a":"\ud83d","b":' + b"[" * 100_000, rb"\ud83d"),
+    ],
+)
 def test_what_is_not_json_is_refused(body: bytes) -> None:
     assert refused(body).param is None
+
+
+@pytest.mark.parametrize(
+    ("escaped", "text"),
+    [
+        (r"cut \ud83d", "cut \ufffd"),
+        (r"cut \uD83D here", "cut \ufffd here"),
+        (r"\ude00 cut", "\ufffd cut"),
+        (r"\ude00\ud83d", "\ufffd\ufffd"),
+        (r"\ud83d\u0041", "\ufffdA"),
+        (r"\ud83d\ud83d\ude00\ude00", "\ufffd😀\ufffd"),
+        (r"\ud83d\n\\", "\ufffd\n\\"),
+        # An escaped backslash before a u is no escape.
+        (r"\ud83d \\ud83d \\\ud83d \\\\ud83d", "\ufffd \\ud83d \\\ufffd \\\\ud83d"),
+        (r"\ud83d\\ude00", "\ufffd\\ude00"),
+    ],
+)
+def test_half_a_surrogate_pair_is_read_as_a_replacement_character(escaped: str, text: str) -> None:
+    body = rf'{{"model": "m", "messages": [{{"role": "user", "content": "{escaped}"}}]}}'
+    assert read_chat(body.encode()).messages == [Message("user", text)]
+    assert read_image_generation(rf'{{"model": "m", "prompt": "{escaped}"}}'.encode()).messages == [
+        Message("user", text)
+    ]
+
+
+def test_a_whole_pair_stays_one_beside_half_a_pair_in_a_key() -> None:
+    messages = rb'[{"role": "user", "content": "\ud83d\ude00"}]'
+    read = read_chat(rb'{"model": "m", "\ud83d": 1, "user": "\ude00", "messages": %b}' % messages)
+    assert (read.messages, read.ignored) == ([Message("user", "😀")], ("user",))
+
+
+def test_what_is_wrong_beside_half_a_pair_is_said() -> None:
+    assert refused(asked(USER, n=0, user="\ud83d")).param == "n"
+    assert refused(asked(USER, logprobs=True, user="\ud83d")).param == "logprobs"
 
 
 @pytest.mark.parametrize("stream", [None, True, False])
