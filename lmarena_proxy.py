@@ -1355,7 +1355,7 @@ def _decode_body(
     return decoded, given
 
 
-_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[\w.=+-]+)*;base64,(.+)", re.DOTALL)
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w.=+-]+)*;base64,(.+)", re.DOTALL)
 # Code in a fence or in a line, which is to be passed over; or an image as a data: URL, in markdown's ![](...)
 # or alone on its line. Nothing is looked at more than a few times, however long a text is.
 _CODE_OR_IMAGE = re.compile(
@@ -1399,15 +1399,18 @@ def _read_image(url: str, path: str) -> Attachment:
     url = url.strip()
     if url[:8].lower().startswith(("http://", "https://")):
         return Attachment("", "", url)
+    expected = f"{path}: expected an image, as an http(s) address or a base64 data: URL."
     match = _DATA_URL.fullmatch(url)
-    if not match or not match[1].startswith("image/"):
-        message = f"{path}: expected an image, as an http(s) address or a base64 data: URL."
-        raise ClientError(message, param=path)
+    if not match:
+        raise ClientError(expected, param=path)
     try:
-        base64.b64decode(match[2], validate=True)
+        data = base64.b64decode(match[2], validate=True)
     except ValueError:
         raise ClientError(f"{path}: the data: URL holds no valid base64.", param=path) from None
-    return attach(match[1], match[2])
+    kind = media_type(data) or match[1] or ""  # Clients name a type that it is not, or none.
+    if not kind.startswith("image/"):
+        raise ClientError(expected, param=path)
+    return attach(kind, match[2])
 
 
 def _read_file(file: InputFile, path: str) -> Attachment:

@@ -485,10 +485,18 @@ def test_an_image_may_carry_a_detail() -> None:
 @pytest.mark.parametrize(
     ("subtype", "ending"), [("jpeg", ".jpeg"), ("webp", ".webp"), ("svg+xml", ".svg"), ("x-icon", ".x-icon")]
 )
-def test_the_kind_of_an_image_is_kept(subtype: str, ending: str) -> None:
+def test_the_kind_of_an_image_whose_bytes_do_not_say_it_is_kept(subtype: str, ending: str) -> None:
     [attachment] = read(user(image(f"data:image/{subtype};base64,aGk=")))[0].attachments
     assert attachment.content_type == f"image/{subtype}"
     assert attachment.name.endswith(ending)
+
+
+@pytest.mark.parametrize("said", ["image/png", "image/jpg", "application/octet-stream", "text/plain", ""])
+def test_the_kind_of_an_image_is_what_its_bytes_say(said: str) -> None:
+    data = in_base64(b"\xff\xd8\xff\xe0rest")
+    [attachment] = read(user(image(f"data:{said};base64,{data}")))[0].attachments
+    assert (attachment.content_type, attachment.url) == ("image/jpeg", f"data:image/jpeg;base64,{data}")
+    assert attachment.name.endswith(".jpeg")
 
 
 def test_the_site_gets_a_data_url_without_further_parameters() -> None:
@@ -508,6 +516,7 @@ def test_the_site_gets_a_data_url_without_further_parameters() -> None:
         "data:image/png;base64,!!!!",
         "data:text/plain;base64,aGk=",
         "data:;base64,aGk=",
+        "data:image/png;base64," + base64.b64encode(b"....ftypisom").decode(),
         "file:///etc/passwd",
         "javascript:alert(1)",
     ],
