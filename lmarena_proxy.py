@@ -598,7 +598,7 @@ class Model(msgspec.Struct, frozen=True):
     modality: Modality = "chat"
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
-    takes_many_images: bool = True
+    takes_many_images: bool = False
     requires_image: bool = False
     organization: str = "lmarena"
     # The entry as the site has it.
@@ -627,7 +627,7 @@ class Model(msgspec.Struct, frozen=True):
             modality=next((kind for kind in ("search", "image", "video") if outputs.get(kind)), "chat"),
             inputs=tuple(kind for kind in inputs if inputs[kind]),
             outputs=tuple(kind for kind in outputs if outputs[kind]),
-            takes_many_images=conditions.get("multipleImages") is not False,
+            takes_many_images=bool(inputs.get("image")) and conditions.get("multipleImages") is not False,
             requires_image=conditions.get("requiresUpload") is True,
             organization=str(entry.get("organization") or "lmarena"),
             entry=entry,
@@ -8304,7 +8304,7 @@ class Api:
             modality=models[0].modality,
             input_capabilities=tuple(dict.fromkeys(kind for model in models for kind in model.inputs)),
             output_capabilities=tuple(dict.fromkeys(kind for model in models for kind in model.outputs)),
-            takes_many_images=all(model.takes_many_images for model in models),
+            takes_many_images=any(model.takes_many_images for model in models),
             requires_image=all(model.requires_image for model in models),
             sessions_ready=sum(self._pool.of(model.id).idle for model in models),
         )

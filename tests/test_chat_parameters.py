@@ -1050,6 +1050,18 @@ async def test_images_that_a_model_does_not_take_are_refused_before_anything_is_
         assert "![image](" in (await sync_whole(rig, request_body(model, picture(PNG)))).only.text
 
 
+async def test_the_list_says_which_models_take_images_and_how_many(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    shared = "seedance-v1-pro"  # One from text, which takes no image, and one from images.
+    rig = await start(nursery, tmp_path, models=(CLAUDE, GPT, ONE_IMAGE, IMAGE, shared))
+    listed = (await rig.http.get("/v1/models")).json()["data"]
+    assert {each["id"]: each["takes_many_images"] for each in listed} == {
+        **dict.fromkeys((CLAUDE, ONE_IMAGE, IMAGE), False),
+        **dict.fromkeys((GPT, shared), True),
+    }
+
+
 async def test_images_in_the_text_of_a_conversation_are_text_for_a_model_that_takes_none(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:

@@ -148,6 +148,12 @@ def test_images_that_a_model_takes(image: Any, images: list[int]) -> None:
     assert resolved(Catalog([model]), "m", *images) is model
 
 
+def test_a_model_that_takes_no_image_does_not_take_many() -> None:
+    for image in (None, False, True, {}, {"multipleImages": False}, {"multipleImages": True}):
+        model = Model.from_entry(entry(image=image))
+        assert model.takes_many_images == (image is True or image == {"multipleImages": True})
+
+
 @pytest.mark.parametrize("output", ["text", "search", "image", "video", "web"])
 def test_the_modality_is_the_output(output: str) -> None:
     expected = output if output in ("search", "image", "video") else "chat"
