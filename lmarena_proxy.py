@@ -2805,6 +2805,10 @@ class Store:
         return await trio.to_thread.run_sync(read)
 
 
+# Of a search: far more than anybody types, and below what SQLite takes (50,000 bytes, escapes and all).
+MAX_SEARCH_CHARACTERS = 1000
+
+
 class RequestFilter(msgspec.Struct, frozen=True):
     """Which requests of the log are wanted. `status`: `ok`, `failed`, `left` or an HTTP status."""
 
@@ -2813,7 +2817,7 @@ class RequestFilter(msgspec.Struct, frozen=True):
     q: str = ""
 
     def condition(self) -> tuple[str, list[Any]]:
-        """A WHERE condition and its parameters. Raises ClientError for a status that is none."""
+        """A WHERE condition and its parameters. Raises ClientError for what cannot be looked for."""
         terms: list[str] = ["1"]
         parameters: list[Any] = []
         if self.model:
@@ -2824,6 +2828,9 @@ class RequestFilter(msgspec.Struct, frozen=True):
             if self.status not in known and not re.fullmatch("[1-5][0-9]{2}", self.status):
                 raise ClientError("status: expected ok, failed, left or an HTTP status.", param="status")
             terms.append(known.get(self.status, f"status = {self.status}"))
+        if len(self.q) > MAX_SEARCH_CHARACTERS:
+            message = f"q: expected up to {MAX_SEARCH_CHARACTERS} characters, but got {len(self.q)}."
+            raise ClientError(message, param="q")
         if self.q:
             fields = ("answer", "reasoning", "error", "request_id", "model", "client", "messages")
             terms.append("(" + " OR ".join(f"{field} LIKE ? ESCAPE '!'" for field in fields) + ")")
@@ -7721,7 +7728,7 @@ _STRING = {"type": "string"}
 _FILTER = {
     "model": _STRING,
     "status": {"pattern": "^(|ok|failed|left|[1-5][0-9]{2})$", **_STRING},
-    "q": _STRING,
+    "q": {"maxLength": MAX_SEARCH_CHARACTERS, **_STRING},
 }
 _EDIT = {
     "type": "object",

@@ -370,6 +370,9 @@ async def test_a_running_request_is_shown_and_can_be_aborted(nursery: trio.Nurse
     for each in running:
         check_error(await rig.http.delete(f"/api/requests/{each['request_id']}"), 404, "not_found")
     check_error(await rig.http.get("/api/requests/req_none"), 404, "not_found")
+    for path in ("/api/requests", "/api/requests/export"):
+        response = await rig.http.get(path, params={"q": "a" * 50_500})
+        assert check_error(response, 400, "invalid_request")["param"] == "q"
 
 
 async def test_without_contents_the_log_of_requests_has_none(nursery: trio.Nursery, tmp_path: Path) -> None:

@@ -86,6 +86,10 @@ async def test_filters_choose_by_model_status_and_text(tmp_path: Path) -> None:
         assert await ids(log, q="site", model="claude") == []
         with pytest.raises(ClientError, match="status"):
             await ids(log, status="fine")
+        for character in ("a", "%", "\x01", "😀"):
+            assert await ids(log, q=character * 1000) == []
+        with pytest.raises(ClientError, match="1000 characters, but got 1001"):
+            await ids(log, q="a" * 1001)
 
 
 NO_SURROGATES: Any = ("Cs",)

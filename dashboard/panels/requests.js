@@ -151,7 +151,7 @@ function Toolbar({ filters, onFilter }) {
       event.preventDefault();
       onFilter({ q: typed.current });
     }}>
-    <${SearchField} class="b-search" label=${t("b.requests.search")} value=${text} onInput=${type} />
+    <${SearchField} class="b-search" maxlength="1000" label=${t("b.requests.search")} value=${text} onInput=${type} />
     <${Select} label=${t("b.requests.status")} value=${filters.status} options=${statuses}
       onChange=${(/** @type {string} */ status) => onFilter({ status })} />
     <${Select} label=${t("b.requests.model")} value=${filters.model} options=${models}
