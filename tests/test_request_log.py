@@ -45,8 +45,10 @@ async def log_of(directory: Path, *rows: dict[str, Any]) -> AsyncIterator[Reques
         for number, row in enumerate(rows):
             store.log_request(msgspec.convert({**ROW, "request_id": f"r{number}", **row}, RequestEnded))
         await store.settle()
-        yield RequestLog(store)
-        store.close()
+        try:
+            yield RequestLog(store)
+        finally:
+            store.close()  # Else a test that fails never ends.
 
 
 async def ids(log: RequestLog, before: str = "", limit: int = 50, **wanted: str) -> list[str]:
