@@ -1582,11 +1582,10 @@ def read_image_edit(body: bytes, content_type: str) -> AnswerRequest:
         raise ClientError(f"The body is not multipart/form-data: {error}") from None
     if not all([*form, *files]):
         raise ClientError("The body is not multipart/form-data: one of its parts has no name.")
-    texts = form.to_dict()
+    texts = {name: text for name, text in form.to_dict().items() if text}  # Forms send what was left empty.
     spoken: dict[str, object] = {"true": True, "false": False}
-    _refuse(
-        REFUSED_IMAGE_PARAMETERS, {**{name: spoken.get(text, text) for name, text in texts.items()}, **files}
-    )
+    said = {name: spoken.get(text.lower(), text) for name, text in texts.items()}
+    _refuse(REFUSED_IMAGE_PARAMETERS, {**said, **files})
     try:
         wanted = msgspec.convert(texts, ImageBody, strict=False)
     except msgspec.ValidationError as error:
