@@ -336,8 +336,9 @@ def write_config(directory: Path, tables: Tables) -> Path:
 
 
 def _take_terminal() -> None:
-    """Make standard input the controlling terminal, so that its Ctrl-C is a SIGINT."""
+    """Make standard input the controlling terminal, so that its Ctrl-C is a SIGINT, and its end a SIGHUP."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests themselves may run under nohup.
 
 
 class Terminal:
