@@ -324,6 +324,14 @@ async def start(
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\r")
 
 
+# The program as a person starts it, and as that begins again: a module, which is not compiled at each start.
+TYPED = (sys.executable, str(ROOT / "lmarena_proxy.py"))
+_STEPS = (
+    f"import sys; sys.path[0] = {str(ROOT)!r}; from lmarena_proxy import main; sys.exit(main(sys.argv[1:]))"
+)
+PROGRAM = (sys.executable, "-c", _STEPS)
+
+
 def write_config(directory: Path, tables: Tables) -> Path:
     """A config file; JSON's notation of these values is TOML's too."""
     lines = []
@@ -344,11 +352,11 @@ def _take_terminal() -> None:
 class Terminal:
     """The program as a process in a terminal; `with` kills what is left of it."""
 
-    def __init__(self, directory: Path, *arguments: str, keyboard: bool = True) -> None:
-        """`keyboard`: whether its standard input is the terminal."""
+    def __init__(self, directory: Path, *arguments: str, keyboard: bool = True, typed: bool = False) -> None:
+        """`keyboard`: whether its standard input is the terminal; `typed`: whether it begins as `TYPED`."""
         self._master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 180, 0, 0))
-        command = [sys.executable, str(ROOT / "lmarena_proxy.py"), *arguments]
+        command = [*(TYPED if typed else PROGRAM), *arguments]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("LMARENA_")}
         self.process = subprocess.Popen(
             command,

@@ -18,8 +18,8 @@ from harness import (
     CLAUDE,
     DEEPSEEK,
     GPT,
+    PROGRAM,
     RAY,
-    ROOT,
     Tables,
     Terminal,
     model_id,
@@ -117,7 +117,7 @@ def test_the_export_says_what_it_is_and_is_its_owners_alone(place: Path, tmp_pat
 
 def test_a_dash_is_standard_output_and_input_and_nothing_else_is_on_it(place: Path, tmp_path: Path) -> None:
     other = furnished(tmp_path / "two", [])
-    command = [sys.executable, str(ROOT / "lmarena_proxy.py"), "--config"]
+    command = [*PROGRAM, "--config"]
     out = subprocess.run(
         [*command, str(place / "config.toml"), "--export-sessions", "-"],
         capture_output=True,
@@ -492,7 +492,7 @@ def test_an_empty_map_is_nothing_to_add(
 async def ask_doctor(directory: Path, tables: Tables, seconds: float, *arguments: str) -> tuple[int, str]:
     """Exit code and output of `--doctor`, as a process of its own."""
     config = write_config(directory, tables)
-    command = [sys.executable, str(ROOT / "lmarena_proxy.py"), "--config", str(config)]
+    command = [*PROGRAM, "--config", str(config)]
     with trio.fail_after(90):
         done = await trio.run_process(
             [*command, "--doctor", str(seconds), *arguments],

@@ -28,7 +28,7 @@ from harness import (
     CLAUDE,
     DEEPSEEK,
     GPT,
-    ROOT,
+    PROGRAM,
     Desk,
     Tables,
     Terminal,
@@ -472,7 +472,7 @@ async def test_a_disk_that_is_full_at_the_start_is_told_in_one_line(tmp_path: Pa
 def run_to_end(directory: Path, tables: Tables, *arguments: str) -> subprocess.CompletedProcess[str]:
     config = write_config(directory, tables)
     ports = ("--port", "0", "--bridge-port", "0")
-    command = [sys.executable, str(ROOT / "lmarena_proxy.py"), "--config", str(config), *ports, *arguments]
+    command = [*PROGRAM, "--config", str(config), *ports, *arguments]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -22,6 +22,7 @@ from harness import (
     CLAUDE,
     DEEPSEEK,
     GPT,
+    PROGRAM,
     ROOT,
     SIX_MODELS,
     Desk,
@@ -488,7 +489,7 @@ async def test_a_model_that_fails_is_shown_with_traceback_and_reply_and_skipped_
 
 
 def run_to_end(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "lmarena_proxy.py"), *arguments]
+    command = [*PROGRAM, *arguments]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -696,7 +697,7 @@ async def test_the_demo_runs_everything_without_a_browser(nursery: trio.Nursery,
     config = write_config(tmp_path, {"server": {"shutdown_grace_seconds": 90}})
     ports = ("--port", "0", "--bridge-port", "0")
     with Terminal(
-        tmp_path, "--config", str(config), "--demo", "--yes", *ports, "--models", CLAUDE
+        tmp_path, "--config", str(config), "--demo", "--yes", *ports, "--models", CLAUDE, typed=True
     ) as terminal:
         url, _ = await terminal.addresses()
         await terminal.shows("DEMO")
@@ -715,7 +716,7 @@ def demo_stores(directory: Path) -> list[Path]:
     return [*directory.glob("lmarena-proxy-demo-*")]
 
 
-@pytest.mark.parametrize("text", ["Waiting for an LMArena tab", "settling", PROMPT])
+@pytest.mark.parametrize("text", ["Waiting for an LMArena tab", PROMPT])
 async def test_a_terminal_that_closes_ends_the_demo_and_takes_its_store_away(
     tmp_path: Path, text: str
 ) -> None:
@@ -777,7 +778,8 @@ def seconds_to_listen(directory: Path, number: int) -> tuple[float, float]:
         port = free.getsockname()[1]
     config = write_config(place, {})
     started = time.perf_counter()
-    with Terminal(place, "--config", str(config), "--port", str(port), "--bridge-port", "0") as terminal:
+    ports = ("--port", str(port), "--bridge-port", "0")
+    with Terminal(place, "--config", str(config), *ports, typed=True) as terminal:
         while time.perf_counter() - started < 60:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
