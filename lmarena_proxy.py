@@ -8395,8 +8395,6 @@ class Program:
         self.api = Api(config, self.pool, self.bridges, self.answers, self.media, self.panel)
         if sys.flags.dev_mode:
             self.bus.subscribe(self.assert_consistent)
-        # Whether its store is one for this run only.
-        self.is_demo = False
         self._scope = trio.CancelScope()
 
     def assert_consistent(self, event: Event) -> None:
@@ -8475,7 +8473,7 @@ class Program:
                     if number in HANGUP:
                         continue  # A terminal that closes and its shell both send one.
                     self.console.restore()
-                    if self.is_demo:
+                    if self.panel.is_demo:  # Its store is for this run only.
                         shutil.rmtree(self.config.storage.path, ignore_errors=True)
                     os._exit(EXIT_FORCED)
 
@@ -9188,10 +9186,10 @@ def _add_chores(parser: argparse.ArgumentParser) -> None:
 
 
 def find_chore(options: argparse.Namespace) -> str:
-    """Which of them is asked for, if one is. (A doctor of 0 seconds is one, too.)"""
+    """Which of them is asked for, if one is. A doctor of 0 seconds is one, too, and so is an empty name."""
     names = ("check", "doctor", "update_models", "prune", "export_sessions", "import_sessions")
-    chosen = (name for name in names if getattr(options, name) not in (None, False))
-    return "doctor" if options.doctor is not None else next(chosen, "")
+    given = ((name, getattr(options, name)) for name in names)
+    return next((name for name, value in given if value is not None and value is not False), "")
 
 
 def parse_arguments(arguments: Sequence[str], language: str = "en") -> argparse.Namespace:
@@ -9318,7 +9316,7 @@ async def live(config: Config, directory: Path, console: Console, options: argpa
     """The life of the process: signals first, then the ports, the banner, and whatever comes."""
     program = Program(config, directory, console)
     program.bootstrap.is_confirmed = options.yes
-    program.is_demo = program.panel.is_demo = options.demo
+    program.panel.is_demo = options.demo
     program.panel.config_file = str(options.config or HERE / "config.toml")
     program.panel.sources = find_sources(options, os.environ)
     async with trio.open_nursery() as nursery:

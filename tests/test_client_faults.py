@@ -757,7 +757,7 @@ async def test_a_busy_shutdown_lets_finish_what_can_and_tells_the_others(
 
 
 async def test_clients_that_do_not_read_do_not_hold_up_a_shutdown(
-    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     tables: Tables = {"server": {"shutdown_grace_seconds": 0.2}, "requests": {"idle_timeout_seconds": 600}}
     switches = Switches(answers={"*": ["x" * 100_000] * 120})
