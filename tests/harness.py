@@ -5,14 +5,17 @@ process of its own whose terminal the test holds. Nothing here depends on speed:
 """
 
 import ast
+import contextlib
 import fcntl
 import functools
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -330,6 +333,14 @@ _STEPS = (
     f"import sys; sys.path[0] = {str(ROOT)!r}; from lmarena_proxy import main; sys.exit(main(sys.argv[1:]))"
 )
 PROGRAM = (sys.executable, "-c", _STEPS)
+
+
+def free_port() -> int:
+    """For what has to be told its port: none of those that systems give away, so nobody gets it meanwhile."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
 
 
 def write_config(directory: Path, tables: Tables) -> Path:

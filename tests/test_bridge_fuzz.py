@@ -148,12 +148,17 @@ class Stage:
         await self.drop(slot)
         address = self._program.api.bridge_url.removeprefix("ws://").rstrip("/")
         host, port = address.rsplit(":", 1)
-        stream = await trio.open_tcp_stream(host, int(port))
+        socket = None
+        while socket is None:
+            stream = await trio.open_tcp_stream(host, int(port))
+            # On a busy machine the program's patience may end first, which the library never tells.
+            with trio.move_on_after(lmarena_proxy.HELLO_TIMEOUT_SECONDS * 4):
+                socket = await trio_websocket.wrap_client_stream(
+                    self._nursery, stream, address, "/", extra_headers=[(b"Origin", ORIGIN.encode())]
+                )
         tab = self._tabs[slot] = Tab(len(self._all_tabs), stream)
         self._all_tabs.append(tab)
-        tab.socket = await trio_websocket.wrap_client_stream(
-            self._nursery, stream, address, "/", extra_headers=[(b"Origin", ORIGIN.encode())]
-        )
+        tab.socket = socket
         self._nursery.start_soon(tab.listen)
         if hello is not None:
             await tab.say(hello)

@@ -10,7 +10,6 @@ import json
 import queue
 import re
 import shutil
-import socket
 import sqlite3
 import subprocess
 import threading
@@ -35,6 +34,7 @@ from harness import (
     SEARCH,
     Rig,
     Terminal,
+    free_port,
     model_id,
     start,
     write_config,
@@ -1144,12 +1144,6 @@ def test_the_key_is_asked_for_once_and_contents_that_are_off_are_said_to_be_off(
         board.page.reload()
         expect(board.page.locator("main h1")).to_be_visible()
         board.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def test_the_page_finds_the_program_again_after_a_restart(browser: Browser, tmp_path: Path) -> None:

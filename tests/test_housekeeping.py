@@ -22,6 +22,7 @@ from harness import (
     RAY,
     Tables,
     Terminal,
+    free_port,
     model_id,
     pick_models,
     start,
@@ -505,12 +506,6 @@ async def ask_doctor(directory: Path, tables: Tables, seconds: float, *arguments
     assert done.stderr == b"", done.stderr
     assert done.returncode in (0, 1, 2), output
     return done.returncode, output
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-        return port
 
 
 def findings(output: str) -> dict[str, tuple[str, str]]:

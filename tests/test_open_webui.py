@@ -7,7 +7,6 @@ does in its settings.
 
 import base64
 import os
-import socket
 import subprocess
 import time
 import uuid
@@ -27,6 +26,7 @@ from harness import (
     Rig,
     Stream,
     eventually,
+    free_port,
     start,
     turns,
     until,
@@ -49,13 +49,6 @@ pytestmark = pytest.mark.skipif(not COMMAND.exists(), reason=f"there is no {COMM
 
 
 # ── The server ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def free_port() -> int:
-    """Open WebUI does not tell which port it got, so it is told one."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def environment(directory: Path) -> dict[str, str]:
@@ -94,6 +87,7 @@ def wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of the running server."""
     directory = tmp_path_factory.mktemp("open-webui")
+    # It does not tell which port it got, so it is told one.
     port, log = free_port(), directory / "log.txt"
     with log.open("wb") as output:
         process = subprocess.Popen(

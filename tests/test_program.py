@@ -31,6 +31,7 @@ from harness import (
     Tables,
     Terminal,
     eventually,
+    free_port,
     model_id,
     pick_models,
     plain_client,
@@ -773,9 +774,7 @@ def seconds_to_listen(directory: Path, number: int) -> tuple[float, float]:
     place = directory / str(number)
     place.mkdir()
     write_models(place, None)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     config = write_config(place, {})
     started = time.perf_counter()
     ports = ("--port", str(port), "--bridge-port", "0")
